@@ -1,0 +1,27 @@
+"""
+One module per format; the folder is the registry. A runner has
+
+    version()                        of the runtime
+    load(path, entry, threads)       opens a program; returns a function from one row to one output
+
+A row is {input name: array without batch axis} at its natural length; the output has no batch axis either.
+Importing a runner imports its runtime: `ImportError` means that this device cannot run the format.
+"""
+
+import importlib
+import pkgutil
+from typing import Any, List
+
+
+def names():
+    # type: () -> List[str]
+    """Works inside a zipapp too."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def load(name):
+    # type: (str) -> Any
+    """The runner module. Raises ValueError for a format without one, ImportError where its runtime is missing."""
+    if name not in names():
+        raise ValueError("no runner for format {!r}; this agent has {}".format(name, ", ".join(names())))
+    return importlib.import_module(__name__ + "." + name)

@@ -1,0 +1,40 @@
+"""LiteRT (TFLite), by the ai-edge-litert interpreter with XNNPACK. A row runs at the shortest length that holds it."""
+
+import bisect
+
+import ai_edge_litert
+import numpy as np
+from ai_edge_litert.interpreter import Interpreter
+
+
+def version():
+    return ai_edge_litert.__version__
+
+
+def load(path, entry, threads=1):
+    """The DSA delegate will be passed to the interpreter here (`experimental_delegates`)."""
+    interpreter = Interpreter(model_path=path, num_threads=threads)
+    lengths = entry.lengths or (0,)
+    signatures = {n: interpreter.get_signature_runner("length_{}".format(n)) for n in lengths}
+
+    def run(row):
+        natural = max([array.shape[0] for array in row.values()]) if entry.lengths else 0
+        place = bisect.bisect_left(lengths, natural)
+        if place == len(lengths):
+            raise ValueError("{} tokens: this program holds at most {}".format(natural, lengths[-1]))
+        feed = {
+            "args_{}".format(i): _padded(row[tensor.name], tensor, lengths[place])[None]
+            for i, tensor in enumerate(entry.inputs)
+        }
+        return next(iter(signatures[lengths[place]](**feed).values()))[0]
+
+    return run
+
+
+def _padded(array, tensor, length):
+    """The row filled up on the right with the input's own padding value."""
+    if not length or -1 not in tensor.shape[1:]:
+        return array.astype(tensor.dtype, copy=False)
+    full = np.full((length,) + array.shape[1:], tensor.pad, tensor.dtype)
+    full[: array.shape[0]] = array
+    return full

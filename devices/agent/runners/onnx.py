@@ -1,0 +1,24 @@
+"""ONNX, by ONNX Runtime on the CPU. Any sequence length: a row runs at its natural one."""
+
+import onnxruntime
+
+def version():
+    return onnxruntime.__version__
+
+
+def load(path, entry, threads=1):
+    """The DSA library will be registered on `options` here, before the session is made."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0" if threads == 1 else "1")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    outputs = [entry.outputs[0].name]
+    dtypes = {tensor.name: tensor.dtype for tensor in entry.inputs}
+
+    def run(row):
+        feed = {name: array[None].astype(dtypes[name], copy=False) for name, array in row.items()}
+        return session.run(outputs, feed)[0][0]
+
+    return run

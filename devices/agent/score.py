@@ -1,0 +1,104 @@
+"""
+How good outputs are: closeness to the fp32 model, and the task's own metric. Host and device use these functions.
+
+Similarity of a row lies in [.., 1], 1 is equal:
+  embedding       cosine of output and reference
+  classification  1 - total variation distance of the two softmax distributions; its mean is reported as agreement
+                  (share of rows with the same argmax), its minimum as the worst row
+  regression      1 - |difference| / standard deviation of the reference; the mean is Pearson's correlation
+"""
+
+from typing import Any, Optional, Sequence
+
+import numpy as np
+
+from . import wire
+
+MEASURE = {"embedding": "cosine", "classification": "agreement", "regression": "correlation"}
+
+
+def fidelity(task, outputs, reference, labels=None):
+    # type: (wire.Task, Sequence[Any], Sequence[Any], Optional[Any]) -> wire.Fidelity
+    """
+    `outputs` and `reference` run parallel, one array a row. Labels (one a row, or one a pair) add the task's metric,
+    of the outputs and of the reference on the same rows.
+    """
+    got, want = _matrix(outputs), _matrix(reference)
+    if got.shape != want.shape:
+        raise ValueError("outputs have shape {}, the reference {}".format(got.shape, want.shape))
+    rows = similarity(task, got, want)
+    mean = _mean(task, got, want, rows)
+    value = base = None
+    if task.metric is not None and labels is not None:
+        value, base = metric(task, got, labels), metric(task, want, labels)
+    return wire.Fidelity(
+        MEASURE[task.kind], mean, float(rows.min()), float(abs(got - want).max()), len(rows), task.metric, value, base
+    )
+
+
+def similarity(task, got, want):
+    # type: (wire.Task, Any, Any) -> Any
+    """One number a row; a row with a value that is not finite has similarity -1."""
+    got, want = _matrix(got), _matrix(want)
+    finite = np.isfinite(got).all(axis=1)
+    safe = np.where(finite[:, None], got, 0)
+    if task.kind == "classification":
+        rows = 1 - abs(_softmax(safe) - _softmax(want)).sum(axis=1) / 2
+    elif task.kind == "regression":
+        rows = 1 - abs(safe - want).max(axis=1) / max(float(want.std()), 1e-6)
+    else:
+        rows = _cosine(safe, want)
+    return np.where(finite, rows, -1.0)
+
+
+def metric(task, outputs, labels):
+    # type: (wire.Task, Any, Any) -> float
+    """accuracy: share of rows whose argmax is the label. spearman: rank correlation of predictions and labels."""
+    got, labels = _matrix(outputs), np.asarray(labels, np.float64)
+    if task.metric == "accuracy":
+        return float((got.argmax(axis=1) == labels).mean())
+    if task.metric == "spearman":
+        predicted = _cosine(got[0::2], got[1::2]) if task.paired else got[:, 0]
+        return _pearson(_ranks(predicted), _ranks(labels))
+    raise ValueError("no metric {!r}; known: accuracy, spearman".format(task.metric))
+
+
+def _mean(task, got, want, rows):
+    # type: (wire.Task, Any, Any, Any) -> float
+    if task.kind == "classification":
+        return float((got.argmax(axis=1) == want.argmax(axis=1)).mean()) if (rows >= 0).all() else 0.0
+    if task.kind == "regression" and len(got) > 1 and want.std() > 0:
+        return _pearson(got[:, 0], want[:, 0]) if (rows >= 0).all() else -1.0
+    return float(rows.mean())
+
+
+def _matrix(rows):
+    # type: (Any) -> Any
+    return np.stack([np.ravel(row) for row in rows]).astype(np.float64)
+
+
+def _cosine(a, b):
+    # type: (Any, Any) -> Any
+    scale = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
+    return (a * b).sum(axis=1) / np.maximum(scale, 1e-30)
+
+
+def _softmax(x):
+    # type: (Any) -> Any
+    e = np.exp(x - x.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def _pearson(a, b):
+    # type: (Any, Any) -> float
+    a, b = a - a.mean(), b - b.mean()
+    scale = float(np.sqrt((a * a).sum() * (b * b).sum()))
+    return float((a * b).sum() / scale) if scale else 0.0
+
+
+def _ranks(values):
+    # type: (Any) -> Any
+    """Average ranks: equal values share one."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return (ends - (counts - 1) / 2.0)[np.ravel(inverse)]

@@ -1,0 +1,262 @@
+"""The whole pipeline, on one screen: passes, one export a format, the checks, the prediction, the signed bundle."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import distribution
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgeformer_agent import cases, wire
+
+from . import device as devices
+from . import formats, predict, signing
+from .bundle import AGENT, Bundle, agent_zip, open_bundle, write
+from .errors import BadInput, BundleRefused, FormatNotYet, UnknownFormat
+
+if TYPE_CHECKING:
+    import torch
+
+    from .data import Rows
+    from .model import Model
+    from .passes import Pass
+    from .program import Program
+
+PRECISIONS = ("int8", "fp32")
+GOLDEN_ROWS = 3
+GOLDEN_TOKENS = 128  # a self-check must be cheap on the slowest board
+# Other instruction sets round differently. int8: a board's kernels may also saturate where this machine's do not.
+GOLDEN_SIMILARITY = {"fp32": 0.9999, "int8": 0.98}
+
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+
+def build(
+    model: str | Path | torch.nn.Module | Model,
+    target: str,
+    *,
+    data: str | Path | Sequence[str] | None = None,
+    task: str | None = None,
+    out: str | Path = "dist",
+    precision: str | Sequence[str] = "int8",
+    passes: Iterable[Pass] = (),
+    formats: Sequence[str] | None = None,
+    gate: wire.Gate | float | None = None,
+    lengths: Sequence[int] | None = None,
+    example: tuple[torch.Tensor, ...] | None = None,
+    name: str | None = None,
+    version: int | None = None,
+    expires: str | None = None,
+    key: str = signing.DEFAULT,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """
+    Optimizes, exports, checks, packages and signs `model` for `target`; the bundle is the folder `out`/NAME-TARGET.
+
+    model: a Hugging Face folder, a hub id, a `transformers` model, a `Model`, or a module with `example` inputs.
+    data, task: what the programs are checked with, see `edgeformer.data.load`; sample texts by default.
+    precision: "int8", "fp32", or both. formats: some of the target's; all of them by default.
+    gate: the least share of fp32 that must be kept (see `edgeformer.check.gate`); the manifest records a loosened one.
+    lengths: static sequence lengths, up to 512 by default. version: rises by itself with the date and with each change.
+    expires: last day of validity, YYYY-MM-DD; by default the end of next year.
+    Raises GateFailed (nothing is packaged), BadInput, UnknownTarget, UnknownFormat, FormatNotYet, MissingExtra.
+    """
+    report = progress or (lambda _what, _done, _total: None)
+    device = devices.load(target)
+    chosen = _formats(device, formats)
+    precisions = _precisions(precision)
+    expiry = _expiry(expires)
+
+    from . import check, data as rows_of, model as models  # torch from here on
+    from .passes import quantize
+
+    limit = check.gate(gate)
+    report("load the model", 0, 1)
+    if not isinstance(model, models.Model):
+        model = models.load(model, name=name, example=example, lengths=tuple(lengths) if lengths else None)
+    rows = rows_of.load(model, data, task)
+    model = rows_of.with_task(model, rows)
+    report("load the model", 1, 1)
+    wanted = check.reference(model, rows.rows, lambda n: report("fp32 reference", n, len(rows.rows)))
+    for step in passes:
+        model = step(model)
+    variants = [quantize.int8()(model) if p == "int8" else model for p in precisions]
+
+    built: list[_Built] = []
+    for number, (variant, format) in enumerate((v, f) for v in variants for f in chosen):
+        report("export", number, len(variants) * len(chosen))
+        program = _load_format(format).export(variant, device)
+        built.append(_checked(program, variant, rows, wanted, device, limit, report))
+    report("export", len(built), len(built))
+    folder = Path(out) / f"{model.name}-{device.name}"
+    manifest = _manifest(variants, device.name, built, rows, limit, expiry)
+    contents = _contents(model, built, rows, wanted)
+    report("package and sign", 0, 1)
+    signer = signing.load(key)
+    bundle = _write(folder, manifest, contents, signer, version, overwrite)
+    report("package and sign", 1, 1)
+    return bundle
+
+
+@dataclass(frozen=True)
+class _Built:
+    program: Program
+    entry: wire.Entry
+    outputs: tuple[np.ndarray, ...]
+
+
+def _formats(device: devices.Device, wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """The formats to build, checked before anything slow starts."""
+    here = formats.names()
+    names = tuple(wanted) if wanted is not None else device.formats
+    for name in names:
+        if name not in (*here, *formats.PLANNED):
+            raise UnknownFormat(name, [*device.formats])
+        if not device.runs(name):
+            raise BadInput(f"{device.name} does not run {name}; it runs {', '.join(device.formats)}")
+        if name not in here:
+            raise FormatNotYet(name, device.name, [f for f in device.formats if f in here])
+    if not names or len(set(names)) != len(names):
+        raise BadInput(f"formats {list(names)} must name at least one format, each once")
+    return names
+
+
+def _precisions(wanted: str | Sequence[str]) -> tuple[str, ...]:
+    names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    if not names or len(set(names)) != len(names) or not set(names) <= set(PRECISIONS):
+        raise BadInput(f"precision {list(names)} must be some of {', '.join(PRECISIONS)}, each once")
+    return names
+
+
+def _expiry(expires: str | None) -> str:
+    """Coarse by default, so that the same inputs give the same bytes for a year."""
+    today = datetime.datetime.now(datetime.UTC).date()
+    if expires is None:
+        return f"{today.year + 1}-12-31"
+    try:
+        day = datetime.date.fromisoformat(expires)
+    except ValueError as error:
+        raise BadInput(f"expires {expires!r} must be a day as YYYY-MM-DD") from error
+    if day < today:
+        raise BadInput(f"expires {expires} is in the past; every device would refuse the bundle")
+    return day.isoformat()
+
+
+def _load_format(name: str) -> ModuleType:
+    return formats.load(name)
+
+
+def _checked(
+    program: Program,
+    model: Model,
+    rows: Rows,
+    wanted: tuple[np.ndarray, ...],
+    device: devices.Device,
+    limit: wire.Gate,
+    report: Progress,
+) -> _Built:
+    """Opens the program with the device's runner, holds it against the gate, and predicts the device."""
+    from . import check
+
+    path = f"programs/{program.name}/{program.entry}"
+    blank = wire.Fidelity("", 0, 0, 0, 0)
+    entry = wire.Entry(
+        name=program.name,
+        format=program.format,
+        precision=program.precision,
+        path=path,
+        size_bytes=program.size_bytes,
+        inputs=program.inputs,
+        outputs=program.outputs,
+        lengths=program.lengths,
+        runtime=program.runtime,
+        needs=program.needs,
+        work=program.work,
+        predicted=wire.Prediction(device.name, 1, wire.Metrics(), 1, 1, ""),
+        checked=blank,
+        golden_similarity=GOLDEN_SIMILARITY[program.precision],
+    )
+    total = len(rows.rows)
+    outputs = check.run(program, entry, rows.rows, lambda n: report(f"check {program.name}", n, total))
+    found = check.fidelity(model, outputs, wanted, rows.labels)
+    check.hold(program.name, found, limit)
+    tokens = [cases.length(row) for row in rows.rows]
+    predicted = predict.predict(program.work, program.lengths, tokens, device, accuracy=found.value)
+    return _Built(program, entry._replace(checked=found, predicted=predicted), outputs)
+
+
+def _manifest(
+    variants: Sequence[Model], target: str, built: Sequence[_Built], rows: Rows, limit: wire.Gate, expires: str
+) -> wire.Manifest:
+    model = variants[0]
+    history = dict.fromkeys(repr(step) for v in variants for step in v.history)  # shared steps once, in order
+    steps = {repr(step): step for v in variants for step in v.history}
+    return wire.Manifest(
+        schema=wire.MANIFEST_SCHEMA,
+        name=model.name,
+        version=1,
+        target=target,
+        expires=expires,
+        builder=f"edgeformer {distribution('edgeformer').version}",
+        task=model.task,
+        programs=tuple(b.entry for b in built),
+        history=tuple(steps[key] for key in history),
+        gate=limit,
+        cases=wire.Cases("cases/golden.npz", "cases/evaluation.npz", len(rows.rows), rows.source),
+        files={},
+    )
+
+
+def _contents(
+    model: Model, built: Sequence[_Built], rows: Rows, wanted: tuple[np.ndarray, ...]
+) -> dict[str, bytes | Path]:
+    """Every file of the bundle but the manifest, its signature and the agent."""
+    contents: dict[str, bytes | Path] = dict(model.files or {})
+    for b in built:
+        contents |= {f"programs/{b.program.name}/{name}": data for name, data in b.program.files.items()}
+    picked = _golden(rows)
+    golden = cases.Cases(
+        tuple(rows.rows[i] for i in picked), {b.entry.name: tuple(b.outputs[i] for i in picked) for b in built}, None
+    )
+    contents["cases/golden.npz"] = cases.dump(golden)
+    contents["cases/evaluation.npz"] = cases.dump(cases.Cases(rows.rows, {"reference": wanted}, rows.labels))
+    contents["licences/edgeformer-LICENSE"] = (distribution("edgeformer").read_text("licenses/LICENSE") or "").encode()
+    return contents
+
+
+def _golden(rows: Rows) -> list[int]:
+    """The shortest, the middle and the longest row that is still cheap."""
+    order = sorted(range(len(rows.rows)), key=lambda i: cases.length(rows.rows[i]))
+    cheap = [i for i in order if cases.length(rows.rows[i]) <= GOLDEN_TOKENS] or order[:1]
+    return sorted({cheap[round(k * (len(cheap) - 1) / (GOLDEN_ROWS - 1))] for k in range(GOLDEN_ROWS)})
+
+
+def _write(
+    folder: Path,
+    manifest: wire.Manifest,
+    contents: dict[str, bytes | Path],
+    signer: signing.Signer,
+    version: int | None,
+    overwrite: bool,
+) -> Bundle:
+    """The version is today's date, or one more than that of the bundle it replaces, where something changed."""
+    if version is None:
+        version = int(datetime.datetime.now(datetime.UTC).strftime("%Y%m%d"))
+        with suppress(BadInput, BundleRefused):
+            before = open_bundle(folder).manifest
+            version = max(version, before.version + (not _same(before, manifest, contents)))
+    return write(folder, manifest._replace(version=version), contents, signer, overwrite=overwrite)
+
+
+def _same(before: wire.Manifest, manifest: wire.Manifest, contents: dict[str, bytes | Path]) -> bool:
+    """Whether a build changed nothing: it keeps its version then, and gives the same bytes."""
+    digests = {k: wire.digest(v if isinstance(v, bytes) else v.read_bytes()) for k, v in (contents | {AGENT: agent_zip()}).items()}
+    plain = wire.load_manifest(wire.dump(manifest._replace(version=before.version, files=before.files)))
+    return plain == before and digests == {name: file.sha256 for name, file in before.files.items()}

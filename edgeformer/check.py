@@ -1,0 +1,95 @@
+"""The checks before packaging: every program is opened with the device's own runner and held against fp32 PyTorch."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from edgeformer_agent import runners, score, wire
+from edgeformer_agent.cases import Row
+
+from .errors import BadInput, ExportError, GateFailed
+from .model import Model
+from .program import Program
+
+DEFAULT_GATE = wire.Gate(metric_ratio=0.99, cosine=0.985, agreement=0.98, correlation=0.985, loosened=False)
+
+
+def gate(limit: wire.Gate | float | None) -> wire.Gate:
+    """
+    None is the default. A number sets the share of fp32 that must be kept: of the metric, and as the least cosine,
+    agreement or correlation where there are no labels. Raises BadInput outside [0, 1].
+    """
+    if limit is None:
+        return DEFAULT_GATE
+    if not isinstance(limit, wire.Gate):
+        limit = wire.Gate(limit, limit, limit, limit, False)
+    if not all(0 <= value <= 1 for value in limit[:4]):
+        raise BadInput(f"gate {limit[:4]}: each limit is a share of fp32, from 0 to 1")
+    return limit._replace(loosened=any(a < b for a, b in zip(limit[:4], DEFAULT_GATE[:4], strict=True)))
+
+
+def reference(model: Model, rows: Sequence[Row], progress: Callable[[int], None]) -> tuple[np.ndarray, ...]:
+    """The fp32 module's output for every row, alone in its batch and at its natural length."""
+    outputs = []
+    with torch.inference_mode():
+        for done, row in enumerate(rows, 1):
+            tensors = [torch.from_numpy(row[x.name][None]) for x in model.inputs]
+            outputs.append(model.module(*tensors)[0].float().numpy())
+            progress(done)
+    return tuple(outputs)
+
+
+def run(
+    program: Program, entry: wire.Entry, rows: Sequence[Row], progress: Callable[[int], None]
+) -> tuple[np.ndarray, ...]:
+    """The program's output for every row, by the runner that devices use. Raises ExportError where it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in program.files.items():
+            (Path(folder) / name).write_bytes(content)
+        outputs = []
+        try:
+            step = runners.load(program.format).load(str(Path(folder) / program.entry), entry, 1)
+            for done, row in enumerate(rows, 1):
+                outputs.append(np.asarray(step(row)))
+                progress(done)
+        except Exception as error:
+            raise ExportError(
+                f"{program.name} does not run in its own runtime: {type(error).__name__}: {error}"
+            ) from error
+    return tuple(outputs)
+
+
+def hold(name: str, checked: wire.Fidelity, limit: wire.Gate) -> None:
+    """Raises GateFailed with the program, both numbers and by how much it fails."""
+    if checked.value is not None and checked.reference is not None:
+        least = limit.metric_ratio * checked.reference
+        if not checked.value >= least:
+            raise GateFailed(
+                f"{name}: {checked.metric} {checked.value:.4f} on {checked.rows} rows is below the gate {least:.4f} "
+                f"({limit.metric_ratio:.2%} of fp32's {checked.reference:.4f}) by {least - checked.value:.4f}; nothing was "
+                f"packaged. Use another precision, or loosen the gate on purpose: gate={_below(checked.value / checked.reference)}"
+            )
+        return
+    least = float(getattr(limit, checked.measure))
+    if not checked.mean >= least:
+        raise GateFailed(
+            f"{name}: mean {checked.measure} with fp32 {checked.mean:.4f} over {checked.rows} rows (worst {checked.worst:.4f}) "
+            f"is below the gate {least:.4f} by {least - checked.mean:.4f}; nothing was packaged. "
+            f"Use another precision, or loosen the gate on purpose: gate={_below(checked.mean)}"
+        )
+
+
+def fidelity(
+    model: Model, outputs: Sequence[np.ndarray], wanted: Sequence[np.ndarray], labels: np.ndarray | None
+) -> wire.Fidelity:
+    return score.fidelity(model.task, outputs, wanted, labels)
+
+
+def _below(value: float) -> float:
+    """Rounded down to three places: a gate that would just let it through."""
+    return max(0.0, int(value * 1000) / 1000) if np.isfinite(value) else 0.0

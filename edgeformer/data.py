@@ -1,0 +1,188 @@
+"""
+Rows to check and measure with: from a text file, from labelled data, or made up where a model has no text input.
+
+Rows keep their natural length (right padding is the runner's business) and carry no batch axis.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeformer_agent import wire
+from edgeformer_agent.cases import Row
+
+from .errors import BadInput
+from .model import Model
+
+MAX_ROWS = 1000  # more rows are thinned evenly: a device measures all of them
+SYNTHETIC_ROWS = 32
+TASKS = {  # what a labelled file holds: how many texts a row, then a label
+    "classification": 1,
+    "sst2": 1,
+    "similarity": 2,
+    "stsb": 2,
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Inputs in order, with labels (one a row, or one a pair of rows) where the data has them."""
+
+    rows: tuple[Row, ...]
+    source: str  # what they are, with a digest: never a path
+    labels: np.ndarray | None = None
+    task: wire.Task | None = None  # the model's task, with its metric
+
+
+def load(model: Model, data: str | Path | Sequence[str] | None, task: str | None, *, most: int = MAX_ROWS) -> Rows:
+    """
+    `data`: a .txt (one text a line), a .tsv with `task` (texts, then a label, a header line or none), a .npz (an array of
+    rows for each input), a sequence of texts, or None (a sample that comes with the package; noise for models without
+    text). Rows longer than the model's limit are cut. Raises BadInput.
+    """
+    if task is not None and task not in TASKS:
+        raise BadInput(f"no task {task!r}; known: {', '.join(sorted(TASKS))}")
+    if data is not None and not isinstance(data, str | Path):
+        return _unlabelled(model, list(data), "texts given by the caller", most)
+    path = Path(data).expanduser() if data is not None else None
+    if path is not None and not path.is_file():
+        raise BadInput(f"no file {str(data)!r} to check the programs with")
+    if path is not None and path.suffix == ".npz":
+        return _arrays(model, path, most)
+    if task is not None:
+        if path is None:
+            raise BadInput(f"task {task!r} needs labelled data: a .tsv file")
+        return _labelled(model, path, task, most)
+    if path is not None:
+        return _unlabelled(model, _lines(path), _named(path), most)
+    if model.tokenizer is None:
+        return _synthetic(model)
+    sample = files("edgeformer") / "texts.txt"
+    return _unlabelled(model, sample.read_text("utf-8").splitlines(), "sample texts of the package", most)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path.name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def _unlabelled(model: Model, texts: list[str], source: str, most: int) -> Rows:
+    texts = _thin([text for text in texts if text.strip()], most)
+    if not texts:
+        raise BadInput(f"{source}: no text in it; one a line is expected")
+    return Rows(tuple(_tokenize(model, text) for text in texts), source)
+
+
+def _labelled(model: Model, path: Path, task: str, most: int) -> Rows:
+    columns = TASKS[task] + 1
+    with path.open(encoding="utf-8", newline="") as file:
+        table = [row for row in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
+    if table and not _is_number(table[0][-1]):
+        table = table[1:]  # a header
+    for line, row in enumerate(table, 1):
+        if len(row) != columns or not _is_number(row[-1]):
+            raise BadInput(
+                f"{path.name}, row {line}: task {task!r} needs {columns - 1} text column(s) and a number, got {row}"
+            )
+    table = _thin(table, most)
+    if not table:
+        raise BadInput(f"{path.name} holds no rows")
+    labels = np.asarray([float(row[-1]) for row in table], np.float32)
+    rows, judged = _judged(model, table, labels, task)
+    return Rows(rows, _named(path), labels, judged)
+
+
+def _judged(model: Model, table: list[list[str]], labels: np.ndarray, task: str) -> tuple[tuple[Row, ...], wire.Task]:
+    """How this model answers this task: by its head, or by the cosine of two embeddings."""
+    kind = model.task.kind
+    if TASKS[task] == 1 and kind == "classification":
+        if (labels != labels.round()).any() or labels.min() < 0 or labels.max() >= len(model.task.labels):
+            raise BadInput(
+                f"labels {labels.min():g}..{labels.max():g} do not fit a head with {len(model.task.labels)} classes"
+            )
+        return tuple(_tokenize(model, row[0]) for row in table), model.task._replace(metric="accuracy")
+    if TASKS[task] == 2 and kind == "regression":
+        return tuple(_tokenize(model, *row[:2]) for row in table), model.task._replace(metric="spearman")
+    if TASKS[task] == 2 and kind == "embedding":
+        rows = tuple(_tokenize(model, text) for row in table for text in row[:2])
+        return rows, model.task._replace(metric="spearman", paired=True)
+    raise BadInput(f"task {task!r} does not go with a model whose output is {model.output.name} ({kind})")
+
+
+def _tokenize(model: Model, text: str, pair: str | None = None) -> Row:
+    if model.tokenizer is None:
+        raise BadInput(f"{model.name} has no tokenizer (tokenizer.json), so texts cannot be used; give rows as .npz")
+    encoded = model.tokenizer(text, pair, truncation=True, max_length=model.max_length)
+    missing = [x.name for x in model.inputs if x.name not in encoded and x.name != "token_type_ids"]
+    if missing:
+        raise BadInput(f"the tokenizer gives no {', '.join(missing)}")
+    zeros = [0] * len(encoded["input_ids"])
+    return {x.name: np.asarray(encoded.get(x.name, zeros), x.dtype) for x in model.inputs}
+
+
+def _arrays(model: Model, path: Path, most: int) -> Rows:
+    """Fixed shapes only: one array an input, the first axis counts the rows."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {x.name: stored[x.name].astype(x.dtype) for x in model.inputs}
+    except (KeyError, ValueError, OSError) as error:
+        raise BadInput(
+            f"{path.name} needs an array for each input {[x.name for x in model.inputs]}: {error}"
+        ) from error
+    for x in model.inputs:
+        shape = arrays[x.name].shape[1:]
+        if len(shape) != len(x.shape) - 1 or any(b not in (a, -1) for a, b in zip(shape, x.shape[1:], strict=True)):
+            raise BadInput(f"{path.name}: rows of {x.name} have shape {shape}, the model takes {x.shape[1:]}")
+    count = min(len(a) for a in arrays.values())
+    picked = _thin(list(range(count)), most)
+    return Rows(tuple({name: a[i] for name, a in arrays.items()} for i in picked), _named(path))
+
+
+def _synthetic(model: Model) -> Rows:
+    """Seeded noise in the shape of the inputs; lengths spread over what the model takes."""
+    random = np.random.default_rng(0)
+    lengths = np.linspace(min(4, model.max_length), model.max_length, SYNTHETIC_ROWS).astype(int)
+    vocabulary = next((m.num_embeddings for _, m in model.module.named_modules() if type(m).__name__ == "Embedding"), 2)
+
+    def one(x: wire.Tensor, length: int) -> np.ndarray:
+        shape = [length if n < 0 else n for n in x.shape[1:]]
+        if not x.dtype.startswith("int"):
+            return random.standard_normal(shape).astype(x.dtype)
+        if x.name == "input_ids":
+            return random.integers(min(3, vocabulary - 1), vocabulary, shape).astype(x.dtype)
+        return (np.ones if x.name == "attention_mask" else np.zeros)(shape, x.dtype)
+
+    return Rows(tuple({x.name: one(x, int(n)) for x in model.inputs} for n in lengths), "synthetic noise, seed 0")
+
+
+def _thin(items: list[Any], most: int) -> list[Any]:
+    """At most `most` of them, evenly spread."""
+    if len(items) <= most:
+        return items
+    return [items[i * len(items) // most] for i in range(most)]
+
+
+def _named(path: Path) -> str:
+    return f"{path.name} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return np.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def with_task(model: Model, rows: Rows) -> Model:
+    """The model, judged as the data allows."""
+    return replace(model, task=rows.task) if rows.task is not None else model

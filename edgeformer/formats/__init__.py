@@ -1,0 +1,34 @@
+"""
+One module per artifact format. This folder is the registry: `onnx.py` is the format "onnx".
+
+A format module has one public name:
+
+    def export(model: Model, device: Device) -> Program
+
+It writes `model.precision` with the quantizer of its own runtime, counts the work on the program it wrote, and imports
+its tool chain at its own top, so a missing one costs only its own users.
+The module in `devices/agent/runners` with the same stem opens what it writes.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from ..errors import MissingExtra, UnknownFormat
+
+PLANNED = ("coreml", "executorch", "tensorrt")  # profiles may name them; this version does not build them
+
+
+def names() -> list[str]:
+    """The formats this version builds."""
+    return sorted(p.stem for p in Path(__file__).parent.glob("[!_]*.py"))
+
+
+def load(name: str) -> ModuleType:
+    """The module of one format. Raises UnknownFormat or MissingExtra."""
+    if name not in names():
+        raise UnknownFormat(name, names())
+    try:
+        return import_module(f"{__name__}.{name}")
+    except ImportError as error:
+        raise MissingExtra(name, error.name) from error

@@ -1,0 +1,174 @@
+"""LiteRT (TFLite) for the ai-edge-litert interpreter: one file, one signature a sequence length, one copy of the weights."""
+
+from __future__ import annotations
+
+import tempfile
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import flatbuffers
+import litert_torch
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+from ai_edge_quantizer import quantizer, recipe
+
+from edgeformer_agent import wire
+
+from ..device import Device
+from ..errors import ExportError
+from ..model import Model
+from ..program import Program
+
+RUNTIME = wire.Runtime("ai-edge-litert", "2.0", "3")
+GLIBC = "2.34"  # read from the library's symbols; the wheel's tag claims 2.27
+ALIGNMENT = 16  # of every weight in the file, as the interpreter maps it
+
+
+def export(model: Model, device: Device) -> Program:
+    """
+    Static shapes, batch 1: a signature `length_N` for each of `model.lengths` (`length_0` where no input has a sequence).
+    Raises ExportError with the converter's own words.
+    """
+    data = _fp32(model)
+    if model.precision == "int8":
+        data = _int8(data)
+    packed = _share(data)
+    return Program(
+        format="litert",
+        precision=model.precision,
+        files={"model.tflite": packed},
+        inputs=model.inputs,
+        outputs=(model.output,),
+        lengths=model.lengths,
+        runtime=RUNTIME,
+        needs=wire.Needs(glibc=GLIBC if device.glibc else None),
+        work=_work(packed),
+    )
+
+
+def _fp32(model: Model) -> bytes:
+    # The DSA operator is written here, as the composite "edgeformer.dsa" inside the module.
+    converter: Any = litert_torch
+    try:
+        for length in model.lengths or (0,):
+            converter = converter.signature(f"length_{length}", model.module, model.example(length))
+        converted = converter.convert()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.tflite"
+            converted.export(str(path))
+            return path.read_bytes()
+    except Exception as error:
+        raise ExportError(f"litert: {model.name} does not convert: {type(error).__name__}: {error}") from error
+
+
+def _int8(data: bytes) -> bytes:
+    """Dynamic range, per output channel; the interpreter quantizes activations per call."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "fp32.tflite", Path(folder) / "int8.tflite"
+        source.write_bytes(data)
+        quantizer.Quantizer(str(source), recipe.dynamic_wi8_afp32()).quantize().export_model(str(target))
+        return target.read_bytes()
+
+
+class _Once:
+    """A flatbuffer table that several owners point to and that is written once."""
+
+    def __init__(self, table: Any) -> None:
+        self.table, self.builder, self.offset = table, None, 0
+
+    def Pack(self, builder: Any) -> int:  # noqa: N802 (the name the generated code calls)
+        if self.builder is not builder:
+            self.builder, self.offset = builder, self.table.Pack(builder)
+        return self.offset
+
+
+def _share(data: bytes) -> bytes:
+    """
+    Writes what the signatures have in common once. The converter repeats the scales of every weight in every signature
+    and folds a position table of its own for each length; a table that begins a longer one becomes a view into it.
+    Weights follow the flatbuffer, so that a view is an offset and a size.
+    """
+    model = schema.ModelT.InitFromPackedBuf(data, 0)
+    contents = [_content(data, buffer) for buffer in model.buffers]
+    scales: dict[bytes, _Once] = {}
+    for graph in model.subgraphs:
+        for tensor in graph.tensors:
+            if tensor.quantization is not None:
+                tensor.quantization = scales.setdefault(_key(tensor.quantization), _Once(tensor.quantization))
+    places, blob = _lay_out(contents)
+    start = 0
+    for _ in range(
+        2
+    ):  # the length of the flatbuffer does not depend on the offsets in it, but is known after one round
+        for buffer, place, content in zip(model.buffers, places, contents, strict=True):
+            buffer.data = None
+            buffer.offset, buffer.size = (start + place, len(content)) if content else (0, 0)
+        builder = flatbuffers.Builder(1 << 20)
+        builder.Finish(model.Pack(builder), b"TFL3")
+        head = bytes(builder.Output())
+        start = -(-len(head) // ALIGNMENT) * ALIGNMENT + ALIGNMENT  # never 0 or 1: those mean "inside"
+    return head.ljust(start, b"\0") + blob
+
+
+def _content(data: bytes, buffer: Any) -> bytes:
+    if buffer.offset and buffer.offset > 1:
+        return data[buffer.offset : buffer.offset + buffer.size]
+    return b"" if buffer.data is None else bytes(np.asarray(buffer.data, np.uint8))
+
+
+def _key(quantization: Any) -> bytes:
+    return repr(
+        [(k, None if v is None else np.asarray(v).tobytes()) for k, v in sorted(vars(quantization).items())]
+    ).encode()
+
+
+def _lay_out(contents: list[bytes]) -> tuple[list[int], bytes]:
+    """The place of each content in one blob; equal contents, and those that begin another, share a place."""
+    order = sorted(
+        range(len(contents)), key=lambda i: contents[i], reverse=True
+    )  # a prefix comes right after its longest
+    places, blob, last = [0] * len(contents), bytearray(), b""
+    place = 0
+    for i in order:
+        if not last.startswith(contents[i]) or not last:
+            blob.extend(b"\0" * (-len(blob) % ALIGNMENT))
+            place, last = len(blob), contents[i]
+            blob.extend(last)
+        places[i] = place
+    return places, bytes(blob)
+
+
+def _work(data: bytes) -> tuple[wire.Work, ...]:
+    """Counted on the operators of each signature. A multiply-add is two operations."""
+    model = schema.ModelT.InitFromPackedBuf(data, 0)
+    counted = []
+    for signature in model.signatureDefs:
+        length = int(signature.signatureKey.decode().removeprefix("length_"))
+        counted.append(_graph_work(model, model.subgraphs[signature.subgraphIndex], length))
+    return tuple(sorted(counted))
+
+
+def _graph_work(model: Any, graph: Any, length: int) -> wire.Work:
+    builtin, kinds = schema.BuiltinOperator, schema.TensorType
+    products = (builtin.FULLY_CONNECTED, builtin.BATCH_MATMUL, builtin.CONV_2D)
+    work = {False: 0.0, True: 0.0}
+    weight_bytes = activation_bytes = 0.0
+    for operator in graph.operators:
+        code = model.operatorCodes[operator.opcodeIndex]
+        if max(code.builtinCode, code.deprecatedBuiltinCode) not in products:
+            continue
+        left, right, out = (graph.tensors[i] for i in (*operator.inputs[:2], operator.outputs[0]))
+        constant = model.buffers[right.buffer].size > 0
+        int8 = right.type == kinds.INT8
+        work[int8] += 2.0 * prod(out.shape) * _depth(code, operator, left, right)
+        weight_bytes += prod(right.shape) * (1 if int8 else 4) * constant
+        activation_bytes += 4.0 * (prod(left.shape) + prod(out.shape) + prod(right.shape) * (not constant))
+    return wire.Work(length, *map(float, (work[False], work[True], weight_bytes, activation_bytes)))
+
+
+def _depth(code: Any, operator: Any, left: Any, right: Any) -> int:
+    """Multiply-adds behind one output value."""
+    if max(code.builtinCode, code.deprecatedBuiltinCode) == schema.BuiltinOperator.BATCH_MATMUL:
+        return int(left.shape[-2 if operator.builtinOptions.adjX else -1])
+    return int(prod(right.shape[1:]))

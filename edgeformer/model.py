@@ -1,0 +1,316 @@
+"""
+A model on its way to a device: a module with one output, what its inputs look like, what its output means.
+
+`load` takes what users have (a Hugging Face folder, a hub id, a `transformers` model, a plain module) and asks the
+model itself for the rest: its forward signature, its position table, its head. Modeling code is never copied.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeformer_agent import wire
+
+from .errors import BadInput, MissingExtra
+
+try:
+    import torch
+except ImportError as error:  # the light core answers without torch; a build needs it
+    raise MissingExtra("onnx,litert", "torch") from error
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+LONGEST = 512  # default limit: attention is quadratic, and a longer program is asked for by name
+STATIC_LENGTHS = (32, 64, 128, 256, 512)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "merges.txt")
+HUB_FILES = ("*.json", "*.txt", "*.safetensors", "LICENSE*", "NOTICE*", "1_Pooling/*")
+_HEADS = {
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForImageClassification": "AutoModelForImageClassification",
+    "Model": "AutoModel",
+    "ForMaskedLM": "AutoModel",
+    "ForPreTraining": "AutoModel",
+    "ForMaskedImageModeling": "AutoModel",
+}
+_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+@dataclass(frozen=True)
+class Model:
+    """
+    module: positional tensors in the order of `inputs` -> one tensor whose first axis is the batch.
+    inputs, output: -1 in a shape is the batch (first axis) or the sequence.
+    lengths: static sequence lengths for formats that need them; () where no input has a sequence.
+    files: tokenizer and licence files that travel with the model, by name.
+    """
+
+    name: str
+    module: torch.nn.Module
+    inputs: tuple[wire.Tensor, ...]
+    output: wire.Tensor
+    task: wire.Task
+    lengths: tuple[int, ...] = ()
+    precision: str = "fp32"
+    tokenizer: Any = None
+    files: Mapping[str, bytes] | None = None
+    history: tuple[wire.Step, ...] = ()
+
+    def after(
+        self, step: str, /, module: torch.nn.Module | None = None, *, facts: dict[str, Any], **fields: Any
+    ) -> Model:
+        """The same model, one step later."""
+        history = (*self.history, wire.Step(step, facts))
+        return replace(self, module=module or self.module, history=history, **fields)
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence its programs take; 0 where no input has a sequence."""
+        return self.lengths[-1] if self.lengths else 0
+
+    def example(self, length: int = 0, batch: int = 1) -> tuple[torch.Tensor, ...]:
+        """Valid inputs of one shape: token 1 everywhere, nothing masked."""
+        make = {"int32": torch.ones, "int64": torch.ones}
+        return tuple(
+            make.get(x.dtype, torch.zeros)(
+                [batch if i == 0 else length if n < 0 else n for i, n in enumerate(x.shape)],
+                dtype=getattr(torch, x.dtype),
+            )
+            for x in self.inputs
+        )
+
+
+def load(
+    source: str | Path | torch.nn.Module,
+    *,
+    name: str | None = None,
+    tokenizer: Any = None,
+    example: tuple[torch.Tensor, ...] | dict[str, torch.Tensor] | None = None,
+    lengths: tuple[int, ...] | None = None,
+) -> Model:
+    """
+    `source`: a folder, a hub id (`org/name`; the offline cache is honoured), a `transformers` model, or any module
+    together with `example` inputs (each with a batch axis). `lengths` replaces the default static lengths.
+    Raises BadInput with what to do.
+    """
+    if isinstance(source, torch.nn.Module):
+        model = (
+            _from_transformers(source, name, tokenizer, {}, None)
+            if hasattr(source, "config") and hasattr(source, "get_input_embeddings")
+            else _from_module(source, name, example)
+        )
+    else:
+        if example is not None:
+            raise BadInput("example inputs go with a plain module; a folder or hub id describes its own")
+        model = _from_folder(_folder(str(source)), name or Path(str(source)).name or str(source))
+    _finite(model.module)
+    return _with_lengths(model, lengths)
+
+
+def _folder(source: str) -> Path:
+    """A local folder, or the snapshot of a hub repository."""
+    if (path := Path(source).expanduser()).is_dir():
+        return path
+    if path.exists() or source.count("/") > 1 or source.startswith((".", "~", "/")):
+        raise BadInput(f"{source!r} is not a folder with config.json and *.safetensors, nor a hub id like 'org/name'")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(HUB_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(f"no folder {source!r}, and the hub and its cache do not give it: {reason}") from error
+
+
+def _from_folder(folder: Path, name: str) -> Model:
+    import transformers
+    from transformers import AutoConfig, AutoTokenizer
+
+    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        raise BadInput(
+            f"{folder} needs config.json and *.safetensors (pickled weights are not read; "
+            "convert them with model.save_pretrained(folder))"
+        )
+    config = AutoConfig.from_pretrained(folder)
+    architecture = (getattr(config, "architectures", None) or ["Model"])[0]
+    head = next((loader for suffix, loader in _HEADS.items() if architecture.endswith(suffix)), None)
+    if head is None:
+        raise BadInput(f"{architecture}: this version builds {', '.join(h for h in _HEADS)} heads")
+    transformers.logging.disable_progress_bar()
+    module = getattr(transformers, head).from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None
+    files = {f"tokenizer/{n}": (folder / n).read_bytes() for n in TOKENIZER_FILES if (folder / n).is_file()}
+    files |= {f"licences/model-{p.name}": p.read_bytes() for p in sorted(folder.glob("LICENSE*"))}
+    pooling = folder / "1_Pooling" / "config.json"
+    return _from_transformers(
+        module, name, tokenizer, files, json.loads(pooling.read_text()) if pooling.is_file() else None
+    )
+
+
+def _from_transformers(
+    module: Any, name: str | None, tokenizer: Any, files: dict[str, bytes], pooling: dict[str, Any] | None
+) -> Model:
+    """Asks the module: which inputs its forward takes, how many positions it has, whether it has a head."""
+    module = copy.deepcopy(module).float().eval()
+    # Eager attention exports as plain matrix products and one softmax; the fused forms decompose into more operators.
+    module.set_attn_implementation("eager")
+    config = module.config
+    inputs = _image_inputs(config) if module.main_input_name == "pixel_values" else _text_inputs(module, tokenizer)
+    cls_pooling = bool(pooling and pooling.get("pooling_mode_cls_token"))
+    with_logits = "For" in type(module).__name__ and getattr(config, "num_labels", 0) > 0
+    wrapped = _OneOutput(
+        module, tuple(x.name for x in inputs), "logits" if with_logits else "cls" if cls_pooling else "mean"
+    )
+    task = _task(config) if with_logits else wire.Task("embedding")
+    model = Model(
+        name=_slug(name or getattr(config, "_name_or_path", "") or type(module).__name__),
+        module=wrapped.eval(),
+        inputs=inputs,
+        output=wire.Tensor("logits" if with_logits else "sentence_embedding", "float32", (-1, -1)),
+        task=task,
+        tokenizer=tokenizer,
+        files=files,
+        lengths=(_positions(module),) if inputs[0].name == "input_ids" else (),
+    )
+    return _described(model, type(module).__name__)
+
+
+def _from_module(
+    module: torch.nn.Module,
+    name: str | None,
+    example: tuple[torch.Tensor, ...] | dict[str, torch.Tensor] | None,
+) -> Model:
+    """Shapes are those of the example; only the batch is free."""
+    if not example:
+        raise BadInput("a plain module needs example=(tensor, ...), each with a batch axis of 1")
+    named = example if isinstance(example, dict) else {f"x{i}": x for i, x in enumerate(example)}
+    if any(x.ndim == 0 or x.shape[0] != 1 for x in named.values()):
+        raise BadInput(f"each example needs a batch axis of 1, got {[tuple(x.shape) for x in named.values()]}")
+    inputs = tuple(wire.Tensor(k, str(x.dtype).removeprefix("torch."), (-1, *x.shape[1:])) for k, x in named.items())
+    model = Model(
+        name=_slug(name or type(module).__name__),
+        module=_OneOutput(copy.deepcopy(module).eval(), None if isinstance(example, tuple) else tuple(named), "first"),
+        inputs=inputs,
+        output=wire.Tensor("output", "float32", (-1, -1)),
+        task=wire.Task("embedding"),
+        files={},
+    )
+    with torch.no_grad():
+        model.module(*named.values())  # fails here, in the user's code, and not in an exporter
+    return _described(model, type(module).__name__)
+
+
+class _OneOutput(torch.nn.Module):
+    """Positional tensors in, one tensor out: the head's logits, or one unit vector a row."""
+
+    def __init__(self, module: torch.nn.Module, names: tuple[str, ...] | None, take: str) -> None:
+        super().__init__()
+        self.module, self.names, self.take = module, names, take
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        named = dict(zip(self.names, tensors, strict=True)) if self.names else {}
+        output = self.module(**named) if self.names else self.module(*tensors)
+        if self.take == "logits":
+            return output.logits
+        if self.take == "first":
+            return output if isinstance(output, torch.Tensor) else next(iter(output))
+        hidden = output.last_hidden_state
+        vector = hidden[:, 0] if self.take == "cls" else _mean(hidden, named.get("attention_mask"))
+        return torch.nn.functional.normalize(vector, dim=-1)
+
+
+def _mean(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean over the valid rows of (batch, sequence, hidden)."""
+    if mask is None:
+        return hidden.mean(1)
+    weight = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weight).sum(1) / weight.sum(1)
+
+
+def _text_inputs(module: Any, tokenizer: Any) -> tuple[wire.Tensor, ...]:
+    accepted = inspect.signature(module.forward).parameters
+    wanted = getattr(tokenizer, "model_input_names", None) or ("input_ids", "attention_mask")
+    # Segment ids are an input only where there is more than one segment to tell apart.
+    segments = getattr(module.config, "type_vocab_size", 0) > 1
+    names = [n for n in _TEXT_INPUTS if n in accepted and (n in wanted or (n == "token_type_ids" and segments))]
+    if "input_ids" not in names or "attention_mask" not in names:
+        raise BadInput(
+            f"{type(module).__name__} takes no input_ids and attention_mask; pass example= for a plain module"
+        )
+    pad = getattr(tokenizer, "pad_token_id", None)
+    pad = getattr(module.config, "pad_token_id", None) if pad is None else pad
+    return tuple(wire.Tensor(n, "int32", (-1, -1), (pad or 0) if n == "input_ids" else 0) for n in names)
+
+
+def _image_inputs(config: Any) -> tuple[wire.Tensor, ...]:
+    size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
+    return (wire.Tensor("pixel_values", "float32", (-1, config.num_channels, *size)),)
+
+
+def _positions(module: torch.nn.Module) -> int:
+    """How many tokens the position table holds; families that count from the padding index lose the rows below it."""
+    limit = int(getattr(module.config, "max_position_embeddings", 0) or LONGEST)  # type: ignore[union-attr]
+    for name, table in module.named_modules():
+        if isinstance(table, torch.nn.Embedding) and "position_embeddings" in name and table.padding_idx is not None:
+            limit = min(limit, table.num_embeddings - table.padding_idx - 1)
+    return limit
+
+
+def _task(config: Any) -> wire.Task:
+    if config.num_labels == 1 or getattr(config, "problem_type", None) == "regression":
+        return wire.Task("regression")
+    return wire.Task("classification", labels=tuple(str(config.id2label[i]) for i in range(config.num_labels)))
+
+
+def _with_lengths(model: Model, lengths: tuple[int, ...] | None) -> Model:
+    if not model.lengths:
+        if lengths:
+            raise BadInput(f"{model.name} has no sequence input, so lengths={lengths} mean nothing")
+        return model
+    most = model.lengths[0]
+    if lengths is None:
+        top = min(most, LONGEST)
+        lengths = tuple(sorted({n for n in STATIC_LENGTHS if n <= top} | {top}))
+    if not lengths or list(lengths) != sorted(set(lengths)) or lengths[0] < 1:
+        raise BadInput(f"lengths {lengths} must be ascending, different and positive")
+    if lengths[-1] > most:
+        raise BadInput(f"length {lengths[-1]} is over the model's {most} positions; use at most {most}")
+    return replace(model, lengths=tuple(lengths))
+
+
+def _described(model: Model, architecture: str) -> Model:
+    """The first line of the history: what went in, by content and not by path."""
+    state = model.module.state_dict()
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        digest.update(
+            key.encode() + b"\0" + state[key].detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
+    facts = {
+        "architecture": architecture,
+        "parameters": sum(p.numel() for p in model.module.parameters()),
+        "weights_sha256": digest.hexdigest(),
+        "output": model.output.name,
+    }
+    return model.after("load", facts=facts)
+
+
+def _finite(module: torch.nn.Module) -> None:
+    for name, tensor in module.named_parameters():
+        if not torch.isfinite(tensor).all():
+            raise BadInput(
+                f"weight {name.removeprefix('module.')} holds NaN or infinity; the file is damaged or training diverged"
+            )
+
+
+def _slug(name: str) -> str:
+    """A name that is a safe folder name on every system."""
+    text = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in Path(name).name.lower())
+    return text.strip("-._") or "model"

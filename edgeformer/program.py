@@ -1,0 +1,35 @@
+"""What a format produces: files, what goes in and out, what runs it, and what one inference costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from edgeformer_agent import wire
+
+
+@dataclass(frozen=True)
+class Program:
+    """An exported model, not yet on disk."""
+
+    format: str
+    precision: str
+    files: Mapping[str, bytes]  # name -> content; the first is the one the runner opens
+    inputs: tuple[wire.Tensor, ...]
+    outputs: tuple[wire.Tensor, ...]
+    lengths: tuple[int, ...]  # static sequence lengths; () where any length runs
+    runtime: wire.Runtime
+    needs: wire.Needs
+    work: tuple[wire.Work, ...]  # at several lengths, ascending
+
+    @property
+    def name(self) -> str:
+        return f"{self.format}-{self.precision}"
+
+    @property
+    def entry(self) -> str:
+        return next(iter(self.files))
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(map(len, self.files.values()))

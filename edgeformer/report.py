@@ -1,0 +1,631 @@
+"""
+Reports for people and programs: a table for the terminal, one self-contained HTML page, one JSON document.
+
+The page needs no network, no script and no font; its pictures are SVG. A report comes from a device nobody here
+controls: its words pass `clean` and `escape`, and the page's own policy forbids everything but inline style.
+Measured, emulated and modelled figures never share an axis unless the prediction was made for that very device.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from edgeformer_agent.wire import Fidelity, Latency, Manifest, Memory, Report, digest, dump
+from numpy.typing import NDArray
+
+from . import plot
+from .compare import NOISE, Comparison, machine
+from .plot import Label, tag
+from .summary import (
+    EMULATED,
+    LONGEST,
+    MISSING,
+    MODELLED,
+    NO_SENSOR,
+    Row,
+    band_words,
+    clean,
+    energy_text,
+    explained,
+    facts,
+    letter,
+    number,
+    rows,
+    share,
+    table,
+    to_json,
+)
+
+__all__ = ["Row", "rows", "table", "to_html", "to_json"]
+
+BINS = 56
+LENGTHS = 40  # places on the token axis of a panel
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+NAMES = {
+    "latency_ms": "latency, median",
+    "memory_mb": "peak memory",
+    "energy_mj": "energy above idle",
+    "fidelity": "fidelity, mean",
+    "fidelity_worst": "fidelity, worst row",
+}
+PREDICTED = ("as predicted", "outside the band")
+COSTS = ("latency_ms", "memory_mb", "energy_mj")  # less is better, ratios share one axis
+VERDICTS = {"faster": "good", "better": "good", "as predicted": "good", "slower": "bad", "worse": "bad"}
+VERDICTS["outside the band"] = "bad"
+
+
+class Raw(NamedTuple):
+    """Markup, to be told from text, which is always escaped."""
+
+    html: str
+
+
+Cell = str | Raw
+Timed = tuple[Row, Latency]
+Judged = tuple[Row, Fidelity]
+
+
+@dataclass(frozen=True)
+class Page:
+    """What every section is made from."""
+
+    manifest: Manifest
+    reports: Sequence[Report]
+    comparisons: Sequence[Comparison]
+    rows: Sequence[Row]
+    signer: str | None
+
+    def timed(self, kind: str) -> list[Timed]:
+        return [(row, row.latency) for row in self.rows if row.kind == kind and row.latency]
+
+
+def to_html(
+    manifest: Manifest,
+    reports: Sequence[Report],
+    comparisons: Sequence[Comparison] = (),
+    signer: str | None = None,
+) -> str:
+    """One page. `signer` names the key that verified the bundle; a manifest does not carry it."""
+    page = Page(manifest, reports, comparisons, rows(manifest, reports), signer)
+    sections = (_validity, _programs, _latency, _distributions, _fidelity, _resources, _compared, _places, _bundle)
+    body = _header(page) + "".join(section(page) for section in sections) + _footer()
+    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{_t(manifest.name)} {manifest.version} on {_t(manifest.target)}: edgeformer report</title>"
+        f"<style>{style}</style></head><body><main>{body}</main></body></html>\n"
+    )
+
+
+# --- the top of the page ------------------------------------------------------------------------------------------
+
+
+def _header(page: Page) -> str:
+    made = page.manifest
+    lead = f"Bundle for {_t(made.target)}, {len(made.programs)} programs, digest <code>{digest(dump(made))[:12]}</code>"
+    runs = "".join(_run(letter(i), report) for i, report in enumerate(page.reports))
+    return tag(
+        "header",
+        {},
+        '<p class="kicker">edgeformer report</p>',
+        f"<h1>{_t(made.name)} <small>version {made.version}</small></h1>",
+        f'<p class="lead">{lead}</p>',
+        f'<ul class="runs">{runs}</ul>' if runs else "",
+        _headline(page),
+    )
+
+
+def _run(key: str, report: Report) -> str:
+    words = f"{_t(report.started)} · {_t(report.profile)} run · agent {_t(report.agent)}"
+    return (
+        f'<li class="{_style(key)}"><b class="key">{key}</b><div><strong>{_t(machine(report))}</strong> '
+        f"{_badge(report.kind)}<br><span>{words}</span></div></li>"
+    )
+
+
+def _badge(kind: str) -> str:
+    words = {"emulated": EMULATED, "modelled": MODELLED}.get(kind, clean(kind, 20))
+    style = kind if kind in ("measured", "emulated", "modelled") else "emulated"
+    return f'<em class="badge {style}">{escape(words)}</em>'
+
+
+def _headline(page: Page) -> str:
+    """The fastest program that passed, where something was run; what is expected, where nothing was."""
+    chosen = [row for row in page.rows if row.selected]
+    row = next((r for r in chosen if r.measured), next(iter(chosen), page.rows[0] if page.rows else None))
+    if row is None:
+        return ""
+    tiles = [_latency_tile(row), ("Program", number(row.size_mb, "MB"), clean(row.program, 40))]
+    if row.fidelity:
+        found = row.fidelity
+        tiles.append((f"Fidelity, {clean(found.measure, 20)}", share(found.mean), f"worst row {share(found.worst)}"))
+        if found.metric:
+            tiles.append((clean(found.metric, 20).capitalize(), share(found.value), f"fp32 {share(found.reference)}"))
+    if row.memory and row.measured:
+        tiles.append(("Peak memory", number(row.memory.peak_rss_mb, "MB"), f"grew {number(row.memory.growth_mb)} MB"))
+    if row.measured:
+        tiles.append(
+            ("Energy per inference", energy_text(row), clean(row.energy.source) if row.energy else "not invented")
+        )
+    shown = "".join(f"<div><dt>{escape(a)}</dt><dd>{escape(b)}<span>{escape(c)}</span></dd></div>" for a, b, c in tiles)
+    where = f"on {_t(row.device)}" if row.device else f"for {_t(page.manifest.target)}"
+    words = "Fastest that passed its self-check" if row.selected else "Not run yet"
+    return f'<p class="best">{words}: <strong>{_t(row.program)}</strong> {where} {_badge(row.kind)}</p><dl class="tiles">{shown}</dl>'
+
+
+def _latency_tile(row: Row) -> tuple[str, str, str]:
+    if row.measured and row.latency:
+        return (
+            "Latency, median",
+            number(row.latency.p50_ms, "ms"),
+            f"p90 {number(row.latency.p90_ms)}, n {row.latency.n:,}",
+        )
+    if row.predicted and row.predicted.metrics.latency_ms is not None:
+        said = row.predicted
+        return (
+            f"Latency, modelled for {clean(said.device, 24)}",
+            number(said.metrics.latency_ms, "ms"),
+            band_words(row),
+        )
+    return "Latency", MISSING, "neither measured nor modelled"
+
+
+def _validity(page: Page) -> str:
+    found: list[tuple[Cell, ...]] = []
+    for i, report in enumerate(page.reports):
+        if report.kind != "measured":
+            words = (
+                "not real hardware: outputs are true, time, memory and energy are not the device's",
+                "run it there",
+            )
+            found.append((Raw(_badge(report.kind)), f"{letter(i)}, every program", *words))
+    flagged: dict[str, list[str]] = {}
+    for row in page.rows:
+        failed = ("self-check failed",) if row.passed is False else ()
+        for flag in (*failed, *row.flags):
+            flagged.setdefault(flag, []).append(f"{row.report} {clean(row.program, 40)}")
+    for flag, places in flagged.items():
+        words = SELF_CHECK if flag == "self-check failed" else explained(flag)
+        found.append((Raw(f'<b class="flag">⚑ {_t(flag, 40)}</b>'), ", ".join(places), *words))
+    if found:
+        heads = ("flag", "where", "what it means", "what to do")
+        inside = _table("Flags raised by the device, and what they mean for the figures", heads, found)
+        return _section("validity", "Read this first", inside, "warn")
+    if not page.timed("measured"):
+        return _section("validity", "Read this first", "<p>Nothing was run: every time below is modelled.</p>", "warn")
+    calm = "<p>No flags: clocks, temperatures and supply stayed within bounds, and the runs were long enough.</p>"
+    return _section("validity", "Validity", calm, "calm")
+
+
+SELF_CHECK = (
+    "the outputs on the device are not those of the build machine; nothing was measured",
+    "do not ship this program to this device: compare runtime version and instruction set with the bundle's",
+)
+
+
+def _programs(page: Page) -> str:
+    heads = (
+        "program",
+        "run",
+        ">size MB",
+        ">predicted ms",
+        ">p50 ms",
+        ">p90",
+        ">p99",
+        ">fidelity",
+        ">worst",
+        ">task",
+        ">fp32",
+        ">peak MB",
+        ">energy",
+        "flags",
+    )
+    lines = [_program_line(row) for row in page.rows if row.skipped is None]
+    skipped = [(row.program, row.report, clean(row.skipped)) for row in page.rows if row.skipped is not None]
+    inside = _table("Every program in every report; predictions are modelled and name their device", heads, lines)
+    if skipped:
+        inside += _table("Not run, and why", ("program", "run", "why"), skipped)
+    return _section("programs", "Programs", inside)
+
+
+def _program_line(row: Row) -> tuple[Cell, ...]:
+    latency, found, memory = row.latency, row.fidelity, row.memory
+    times = (latency.p50_ms, latency.p90_ms, latency.p99_ms) if latency else (None, None, None)
+    star = ' <span class="star" title="fastest that passed its self-check">★</span>' if row.selected else ""
+    dim = "" if row.measured else ' class="dim"'
+    return (
+        Raw(f"<b>{_t(row.program)}</b>{star}"),
+        Raw(f"{row.report} <small>{_t(row.kind, 12)}</small>"),
+        number(row.size_mb),
+        band_words(row),
+        *(Raw(f"<span{dim}>{number(value)}</span>") for value in times),
+        share(found.mean if found else None),
+        share(found.worst if found else None),
+        share(found.value if found else None),
+        share(found.reference if found else None),
+        Raw(f"<span{dim}>{number(memory.peak_rss_mb if memory else None)}</span>"),
+        energy_text(row),
+        ", ".join(clean(flag, 30) for flag in row.flags) or "none",
+    )
+
+
+# --- latency ------------------------------------------------------------------------------------------------------
+
+
+def _latency(page: Page) -> str:
+    measured = page.timed("measured")
+    inside = ""
+    if measured:
+        bars = [_latency_bar(row, latency) for row, latency in measured]
+        picture = plot.bars("lat", "Measured latency per program", _said(bars), bars, "ms per row, measured")
+        words = "Bar: median. Strokes: 90th and 99th percentile."
+        if any(bar.band for bar in bars):
+            words += " Hatched box: the band modelled for this device. Diamond: the predicted value."
+        inside += _figure(picture, words) + _misfits(measured)
+    if not any(row.misfit is None for row, _ in measured):
+        inside += _modelled(page)
+    inside += _emulated(page)
+    return _section("latency", "Latency", inside or "<p>Nothing was measured or modelled.</p>")
+
+
+def _latency_bar(row: Row, latency: Latency) -> plot.Bar:
+    detail = f"p90 {number(latency.p90_ms)} · p99 {number(latency.p99_ms)}"
+    label = _label(row, number(latency.p50_ms, "ms"), detail)
+    marks = (latency.p90_ms, latency.p99_ms)
+    return plot.Bar(label, latency.p50_ms, _style(row.report), marks=marks, band=None if row.misfit else row.band)
+
+
+def _misfits(measured: Sequence[Timed]) -> str:
+    reasons: dict[str, list[str]] = {}
+    for row, _ in measured:
+        if row.misfit:
+            reasons.setdefault(clean(row.misfit), []).append(f"{row.report} {clean(row.program, 40)}")
+    lines = "".join(f"<li>{escape(', '.join(names))}: {escape(reason)}</li>" for reason, names in reasons.items())
+    return f'<div class="note">Predictions not drawn over these measurements:<ul>{lines}</ul></div>' if lines else ""
+
+
+def _modelled(page: Page) -> str:
+    """On an axis of its own, because no measurement of the predicted device is there."""
+    bars = []
+    for row in {row.program: row for row in page.rows if row.predicted and row.band}.values():
+        if row.predicted and row.band:
+            label = Label(clean(row.program), f"for {clean(row.predicted.device, 20)}", number(row.band[1], "ms"))
+            bars.append(plot.Bar(replace(label, detail=band_words(row)), None, "band", band=row.band))
+    if not bars:
+        return ""
+    picture = plot.bars("mod", "Modelled latency per program", _said(bars), bars, "ms per row, modelled")
+    words = f"{_badge('modelled')} Diamond: predicted value. Hatched box: where the true median is expected."
+    return _figure(picture, words)
+
+
+def _emulated(page: Page) -> str:
+    bars = [
+        plot.Bar(_label(row, number(latency.p50_ms, "ms"), "under emulation"), latency.p50_ms, "emu")
+        for row, latency in page.timed("emulated")
+    ]
+    if not bars:
+        return ""
+    picture = plot.bars("emu", f"Time taken under emulation. {EMULATED}", _said(bars), bars, "ms, not the device's")
+    summary = f"<summary>{_badge('emulated')} Show the time taken all the same</summary>"
+    words = "These are times of the emulator on the build machine. They rank nothing and predict nothing."
+    return f'<details class="emulated">{summary}{_figure(picture, words)}</details>'
+
+
+def _distributions(page: Page) -> str:
+    inside = ""
+    for i, report in enumerate(page.reports):
+        key = letter(i)
+        mine = [(row, found) for row, found in page.timed("measured") if row.report == key and found.samples_us]
+        if mine:
+            inside += f"<h3>{key} · {_t(machine(report))}</h3>" + _hills(key, mine) + _clouds(key, mine)
+    return _section("distribution", "Distribution", inside) if inside else ""
+
+
+def _hills(key: str, mine: Sequence[Timed]) -> str:
+    low = min(max(latency.min_ms, 1e-3) for _, latency in mine)
+    high = max(*(latency.p99_ms * 1.12 for _, latency in mine), low * 1.05)
+    scale = plot.Scale(low * 0.97, high, plot.LEFT, plot.RIGHT, logarithmic=high > 6 * low)
+    space = np.geomspace if scale.logarithmic else np.linspace
+    ridges = [_hill(row, latency, space(scale.low, scale.high, BINS + 1)) for row, latency in mine]
+    unit = f"ms per row, measured{', logarithmic' if scale.logarithmic else ''}"
+    title = f"Latency distribution per program, run {key}"
+    words = "How often each latency occurred. Circle: median. Diamond: 90th percentile. Triangle: 99th percentile."
+    return _figure(plot.ridges(f"hill{key}", title, _said(ridges), ridges, scale, unit), words)
+
+
+def _hill(row: Row, latency: Latency, edges: NDArray[np.float64]) -> plot.Ridge:
+    ms = _ms(latency)
+    counts, _ = np.histogram(ms, edges)
+    beyond = int(np.sum(ms > edges[-1]))
+    remark = f"n {latency.n:,}" + (f", {beyond:,} off the axis" if beyond else "")
+    detail = f"p90 {number(latency.p90_ms)} · p99 {number(latency.p99_ms)}"
+    label = Label(clean(row.program), remark, number(latency.p50_ms, "ms"), detail)
+    marks = (latency.p50_ms, latency.p90_ms, latency.p99_ms)
+    return plot.Ridge(label, tuple(edges.tolist()), tuple(counts.tolist()), marks, _style(row.report))
+
+
+def _clouds(key: str, mine: Sequence[Timed]) -> str:
+    clouds = [(row, _points(latency)) for row, latency in mine if any(latency.row_lengths)]
+    if not clouds:
+        return '<p class="note">The input has no sequence: no latency against tokens.</p>'
+    every = [point for _, points in clouds for point in points]
+    axes = plot.panel_axes(max(point.x for point in every), max(point.high for point in every))
+    panels = ""
+    for i, (row, points) in enumerate(clouds):
+        first, last = points[0], points[-1]
+        words = f"{number(first.middle)} ms at {first.x:g} tokens, {number(last.middle)} ms at {last.x:g}"
+        title = f"Latency against tokens, {clean(row.program)}"
+        picture = plot.panel(f"cloud{key}{i}", title, words, points, axes, ("tokens", "ms"))
+        panels += f'<div class="{_style(key)}"><h4>{_t(row.program)}</h4>{picture}<p>{words}</p></div>'
+    words = "Dot: median of the runs at that length. Line: 10th to 90th percentile. All panels share both axes."
+    return f'<figure><div class="panels">{panels}</div><figcaption>{words}</figcaption></figure>'
+
+
+def _points(latency: Latency) -> list[plot.Point]:
+    """Quantiles per length, or per bin of lengths where there are too many to draw."""
+    ms = _ms(latency)
+    tokens = np.resize(np.asarray(latency.row_lengths, dtype=np.float64), len(ms))
+    if len(np.unique(tokens)) > LENGTHS:
+        width = (tokens.max() - tokens.min()) / LENGTHS
+        tokens = np.round((np.floor((tokens - tokens.min()) / width) + 0.5) * width + tokens.min(), 1)
+    quantiles = ((x, *np.quantile(ms[tokens == x], (0.1, 0.5, 0.9))) for x in np.unique(tokens))
+    return [plot.Point(*(float(value) for value in found)) for found in quantiles]
+
+
+def _ms(latency: Latency) -> NDArray[np.float64]:
+    return np.asarray(latency.samples_us, dtype=np.float64) / 1000
+
+
+# --- fidelity, size, memory, energy -------------------------------------------------------------------------------
+
+
+def _fidelity(page: Page) -> str:
+    judged = [(row, row.fidelity) for row in page.rows if row.fidelity]
+    inside = ""
+    for i, measure in enumerate(dict.fromkeys(found.measure for _, found in judged)):
+        inside += _fidelity_picture(f"fid{i}", measure, [pair for pair in judged if pair[1].measure == measure])
+    heads = (*("program", "run", "seen on", "measure", ">mean", ">worst", ">largest diff.", ">rows"),)
+    heads += ("task", ">value", ">fp32", ">points")
+    numbers = _table("Closeness to the fp32 PyTorch model, and the task", heads, [_judged(*pair) for pair in judged])
+    inside += _details("The same as numbers, with the task", numbers)
+    return _section("fidelity", "Fidelity to the fp32 model", inside) if judged else ""
+
+
+def _judged(row: Row, found: Fidelity) -> tuple[Cell, ...]:
+    known = found.value is not None and found.reference is not None
+    points = f"{100 * ((found.value or 0) - (found.reference or 0)):+.2f}" if known else MISSING
+    seen = (row.program, row.report or MISSING, row.fidelity_from, found.measure)
+    close = (share(found.mean), share(found.worst), f"{found.max_abs:.3g}", number(found.rows))
+    return (*seen, *close, found.metric or MISSING, share(found.value), share(found.reference), points)
+
+
+def _fidelity_picture(key: str, measure: str, judged: Sequence[Judged]) -> str:
+    single = measure == "agreement"  # the worst row of an agreement is 0 or 1 and says nothing
+    spans = []
+    for row, found in judged:
+        label = _label(row, share(found.mean), "" if single else f"worst {share(found.worst)}", row.fidelity_from)
+        low = found.mean if single else min(found.worst, found.mean)
+        spans.append(plot.Span(label, low, found.mean, found.mean, _style(row.report), diamond=not single))
+    least = min(*(span.low for span in spans), 0.999)
+    scale = plot.Scale(least - 0.08 * (1 - least), 1.0, plot.LEFT, plot.RIGHT)
+    unit = f"{clean(measure, 30)} with the fp32 model; 1 is the same"
+    picture = plot.spans(key, f"Fidelity: {clean(measure, 30)}", _said(spans), spans, scale, unit)
+    return _figure(picture, "Circle: mean over the rows." + ("" if single else " Diamond: the least similar row."))
+
+
+def _resources(page: Page) -> str:
+    sizes = [
+        plot.Bar(
+            Label(clean(entry.name), clean(entry.precision, 26), number(entry.size_bytes / 2**20, "MB")),
+            entry.size_bytes / 2**20,
+            "ink",
+        )
+        for entry in page.manifest.programs
+    ]
+    inside = _figure(
+        plot.bars("size", "Size on disk per program", _said(sizes), sizes, "MB on disk"), "Files of the program."
+    )
+    held = [(row, row.memory) for row in page.rows if row.memory and row.measured]
+    if held:
+        bars = [_memory_bar(row, memory) for row, memory in held]
+        picture = plot.bars("mem", "Peak memory per program", _said(bars), bars, "MB resident, measured")
+        words = (
+            "Whole bar: peak of the process. Solid end: what it grew by after the runtime's import began; pale: before."
+        )
+        inside += _figure(picture, words)
+    if any(row.kind == "emulated" for row in page.rows):
+        inside += '<p class="note">Memory under emulation contains the emulator and is not shown.</p>'
+    return _section("resources", "Size, memory, energy", inside + _energies(page))
+
+
+def _memory_bar(row: Row, memory: Memory) -> plot.Bar:
+    label = _label(row, number(memory.peak_rss_mb, "MB"), f"grew {number(memory.growth_mb)} MB")
+    part = min(max(memory.growth_mb, 0.0), memory.peak_rss_mb)
+    return plot.Bar(label, memory.peak_rss_mb, _style(row.report), part=part)
+
+
+def _energies(page: Page) -> str:
+    """Above idle and in total, with the sensor; or the words that there is none."""
+    lines: list[tuple[Cell, ...]] = []
+    for row in page.rows:
+        if row.energy and row.measured:
+            found = row.energy
+            sizes = (number(found.above_idle_mj), number(found.total_mj), number(found.idle_w), number(found.samples))
+            lines.append((row.program, row.report, *sizes, found.source, found.method))
+    if not lines:
+        words = (
+            f"Energy: {NO_SENSOR} gave a figure, so none is stated."
+            if page.timed("measured")
+            else "Energy: not measured."
+        )
+        return f'<p class="note">{words}</p>'
+    heads = ("program", "run", ">above idle mJ", ">total mJ", ">idle W", ">samples", "sensor", "method")
+    return _table("Energy per inference, integrated from one sensor over a burst", heads, lines)
+
+
+# --- comparisons, environment, bundle -----------------------------------------------------------------------------
+
+
+def _compared(page: Page) -> str:
+    if not page.comparisons:
+        return ""
+    judged = [c for c in page.comparisons if c.ratio is not None and c.ratio > 0]
+    inside = ""
+    costs = [_ratio_span(c, c.ratio) for c in judged if c.ratio and c.metric in COSTS and c.verdict not in PREDICTED]
+    if costs:
+        reach = max(1.1, *(max(span.high, 1 / span.low) for span in costs)) * 1.03
+        scale = plot.Scale(1 / reach, reach, plot.LEFT, plot.RIGHT, logarithmic=True)
+        title, unit = "Candidate over baseline", "candidate / baseline, logarithmic; left of 1 is less"
+        picture = plot.spans("ratio", title, _said(costs), costs, scale, unit, (1 - NOISE, 1.0, 1 + NOISE))
+        inside += _figure(
+            picture, f"Dot: ratio. Line: 95 % interval, where one can be stated. Grey zone: ±{NOISE:.0%}, noise."
+        )
+    heads = (
+        "metric",
+        "program",
+        ">baseline",
+        ">candidate",
+        ">ratio",
+        "95 % interval or band",
+        ">p",
+        "verdict",
+        "notes",
+    )
+    lines = [_comparison(c) for c in page.comparisons]
+    inside += _table("Every comparison; a ratio is candidate over baseline", heads, lines)
+    return _section("compared", "Compared", inside)
+
+
+def _ratio_span(found: Comparison, ratio: float) -> plot.Span:
+    low = found.low if found.low and found.low > 0 else ratio
+    name = NAMES.get(found.metric, found.metric)
+    label = Label(clean(found.program), clean(name, 30), clean(found.verdict), f"× {number(ratio)}")
+    style = VERDICTS.get(found.verdict, "ink")
+    return plot.Span(label, min(low, ratio), ratio, max(found.high or ratio, ratio), style)
+
+
+def _comparison(found: Comparison) -> tuple[Cell, ...]:
+    sided = number if found.metric in COSTS else share
+    interval = f"{number(found.low)} to {number(found.high)}" if found.low is not None else MISSING
+    p_value = MISSING if found.p_value is None else f"{found.p_value:.3f}" if found.p_value >= 0.001 else "< 0.001"
+    verdict = Raw(f'<b class="verdict {VERDICTS.get(found.verdict, "ink")}">{_t(found.verdict)}</b>')
+    names = (NAMES.get(found.metric, found.metric), found.program, sided(found.baseline), sided(found.candidate))
+    notes = Raw(f"<small>{'<br>'.join(_t(note, 400) for note in found.notes)}</small>")
+    return (*names, number(found.ratio), interval, p_value, verdict, notes)
+
+
+def _places(page: Page) -> str:
+    """What the device is, and what moved while it was measured."""
+    inside = ""
+    for i, report in enumerate(page.reports):
+        known = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts(report.device).items())
+        inside += f"<h3>{letter(i)} · {_t(machine(report))} {_badge(report.kind)}</h3>"
+        inside += f'<dl class="facts">{known}</dl>' + _environment(report)
+    return _section("places", "Device and environment", inside) if inside else ""
+
+
+def _environment(report: Report) -> str:
+    states = [(result, facts(result.before), facts(result.after)) for result in report.results]
+    names = list(dict.fromkeys(key for _, before, after in states for key in (*before, *after)))
+    if not names:
+        return '<p class="note">The report says nothing about clocks, temperatures or supply.</p>'
+    heads = ("before → after", *(result.program for result, _, _ in states))
+    lines = [(name, *(_moved(before.get(name), after.get(name)) for _, before, after in states)) for name in names]
+    return _table(f"Environment of run {report.started}, right before and right after each measurement", heads, lines)
+
+
+def _moved(before: str | None, after: str | None) -> Cell:
+    if before == after:
+        return before or MISSING
+    return Raw(f"{escape(before or MISSING)} <b>→ {escape(after or MISSING)}</b>")
+
+
+def _bundle(page: Page) -> str:
+    made = page.manifest
+    gate = f"metric ≥ {made.gate.metric_ratio:g} × fp32, cosine ≥ {made.gate.cosine:g}, agreement ≥ {made.gate.agreement:g}"
+    gate += f", correlation ≥ {made.gate.correlation:g}{', loosened by hand' if made.gate.loosened else ''}"
+    identity = {
+        "name": f"{made.name} {made.version}",
+        "target": made.target,
+        "digest": digest(dump(made)),
+        "signed by": page.signer or "not stated here: run edgeformer verify",
+        "valid to": made.expires,
+        "built by": made.builder,
+        "task": f"{made.task.kind}, {made.task.metric or 'no metric'}",
+        "gate": gate,
+        "evaluated on": f"{made.cases.rows:,} rows of {made.cases.source}",
+    }
+    inside = "".join(f"<div><dt>{key}</dt><dd>{_t(value)}</dd></div>" for key, value in identity.items())
+    steps = [
+        (str(i), step.name, ", ".join(f"{k} {v}" for k, v in facts(step.facts).items()))
+        for i, step in enumerate(made.history, 1)
+    ]
+    passes = _table("Passes, in the order they were applied", (">", "pass", "figures it left"), steps) if steps else ""
+    return _section("bundle", "Bundle", f'<dl class="facts wide">{inside}</dl>{passes}')
+
+
+def _footer() -> str:
+    return (
+        "<footer><p>Latency is one row at a time, steady state, after warm-up; rows differ in length. "
+        "Predictions are modelled by a roofline and never measured. Intervals come from inside one run of each side "
+        "and do not cover what two runs on different days differ by. This page loads nothing.</p></footer>"
+    )
+
+
+# --- markup -------------------------------------------------------------------------------------------------------
+
+
+def _t(value: object, longest: int = LONGEST) -> str:
+    """A report's words as text of the page."""
+    return escape(clean(value, longest), quote=True)
+
+
+def _section(key: str, title: str, inside: str, style: str = "") -> str:
+    return (
+        f'<section id="{key}" class="{style}" aria-labelledby="{key}-h"><h2 id="{key}-h">{title}</h2>{inside}</section>'
+    )
+
+
+def _figure(picture: str, caption: str) -> str:
+    return f'<figure><div class="scroll">{picture}</div><figcaption>{caption}</figcaption></figure>'
+
+
+def _details(summary: str, inside: str) -> str:
+    return f"<details><summary>{summary}</summary>{inside}</details>"
+
+
+def _table(caption: str, heads: Sequence[str], lines: Iterable[Sequence[Cell]]) -> str:
+    """A heading that begins with > makes its column one of figures. The first cell of a line names the line."""
+    styles = [' class="n"' if head.startswith(">") else "" for head in heads]
+    top = "".join(f'<th scope="col"{s}>{_t(h.removeprefix(">"))}</th>' for s, h in zip(styles, heads, strict=True))
+    body = "".join(f"<tr>{''.join(map(_cell, range(len(heads)), styles, line))}</tr>" for line in lines)
+    inside = f"<caption>{_t(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="scroll"><table>{inside}</table></div>'
+
+
+def _cell(place: int, style: str, cell: Cell) -> str:
+    inside = cell.html if isinstance(cell, Raw) else _t(cell, 400)
+    return f"<td{style}>{inside}</td>" if place else f'<th scope="row"{style}>{inside}</th>'
+
+
+def _label(row: Row, figure: str, detail: str = "", seen: str = "") -> Label:
+    run = f"{row.report} · {clean(row.device, 24)}" if row.report else "not run"
+    return Label(clean(row.program), f"{row.report} · {seen}" if seen and row.report else seen or run, figure, detail)
+
+
+def _said(items: Sequence[plot.Bar | plot.Ridge | plot.Span]) -> str:
+    """The picture in words, for who cannot see it."""
+    return "; ".join(
+        " ".join(filter(None, (i.label.name, i.label.remark, i.label.figure, i.label.detail))) for i in items
+    )
+
+
+def _style(key: str) -> str:
+    """Class of a run: a colour and, in every picture, its letter beside it."""
+    return f"run{(ord(key[0]) - ord('A')) % 4 + 1}" if key else "ink"

@@ -1,0 +1,271 @@
+"""
+A manifest and its reports as rows, one per program and report: what the terminal table, the page and the JSON show.
+
+A report is somebody else's text. `clean` is the only way its words reach a screen, `number` the only way its numbers do.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from edgeformer_agent.wire import Energy, Entry, Fidelity, Latency, Manifest, Memory, Prediction, Report, Result, dump
+from edgeformer_agent.wire import digest as digest_of
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from .compare import Comparison, best, machine, not_as_predicted
+
+SCHEMA = "edgeformer.summary/1"
+MISSING = "—"
+NO_SENSOR = "no sensor"
+EMULATED = "emulated: timing says nothing"
+MODELLED = "modelled, nobody measured it"
+LONGEST = 160  # characters of any one text taken over from a report
+MOST_FACTS = 60  # of one dictionary taken over from a report
+
+# flag: (what happened, what to do)
+FLAGS: Mapping[str, tuple[str, str]] = {
+    "throttled": ("the chip was slowed down during the run", "cool the device (fan, pause, open case) and run again"),
+    "undervolted": (
+        "the supply voltage fell too low, so the chip slows down",
+        "use the maker's power supply and a short cable, then run again",
+    ),
+    "freq_moved": (
+        "a core's clock before and after the run differs by more than 5 %",
+        "set the governor to performance (needs root) or warm up for longer",
+    ),
+    "temp_rise": ("the device grew more than 10 °C warmer during the run", "let it cool down first, or run for longer"),
+    "drift": (
+        "the last third of the run is faster or slower than the first by more than 5 %",
+        "something changed during the run: look at clocks and temperature, run again",
+    ),
+    "not_settled": ("the latency was still moving when warm-up ended", "end other work on the device and run again"),
+    "cut_short": ("the time limit ended the run before its plan was complete", "measure fewer rows or allow more time"),
+    "too_few_queries": (
+        "fewer runs than a default measurement needs (100; 1,024 for mlperf)",
+        "measure with the default profile; high percentiles mean little",
+    ),
+    "too_short": (
+        "less time than a default measurement needs (10 s; 60 s for mlperf)",
+        "measure with the default profile",
+    ),
+    "on_charger": (
+        "a battery device was connected to power",
+        "its energy figure is invalid: unplug, use adb over Wi-Fi",
+    ),
+    "not_replicated": ("five tries differ by more than 5 %", "do not quote the figure; find what else runs"),
+    "accuracy_below_target": (
+        "the task's metric is below the reference by more than the gate allows",
+        "use the next higher precision or calibrate with more rows",
+    ),
+    "cached_queries": ("answers were cached", "the figure is void: caching of queries is forbidden"),
+    "benchmark_detected": ("the benchmark's inputs were treated specially", "the figure is void"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One program in one report; a program nobody ran has no report, no device and the kind "modelled"."""
+
+    program: str
+    report: str  # A, B, ... in the order given; "" without one
+    device: str
+    kind: str  # measured | emulated | modelled
+    size_mb: float | None
+    threads: int | None
+    predicted: Prediction | None
+    misfit: str | None  # why the prediction cannot be held against this measurement
+    latency: Latency | None
+    memory: Memory | None
+    energy: Energy | None
+    fidelity: Fidelity | None
+    fidelity_from: str  # device | build machine
+    passed: bool | None  # the self-check on the device
+    selected: bool
+    flags: tuple[str, ...]
+    skipped: str | None  # why it was not run
+
+    @property
+    def measured(self) -> bool:
+        return self.kind == "measured"
+
+    @property
+    def band(self) -> tuple[float, float, float] | None:
+        """Lowest, stated and highest predicted latency in ms."""
+        said = self.predicted
+        ms = said.metrics.latency_ms if said else None
+        return (ms * said.low, ms, ms * said.high) if said and ms is not None else None
+
+
+def rows(manifest: Manifest, reports: Sequence[Report]) -> list[Row]:
+    """Programs in the manifest's order within each report; then what only the report knows."""
+    if not reports:
+        return [_row(manifest, entry.name, entry, None, "", None) for entry in manifest.programs]
+    entries = {entry.name: entry for entry in manifest.programs}
+    found = []
+    for place, report in enumerate(reports):
+        results = {result.program: result for result in report.results}
+        for name in dict.fromkeys([*entries, *results, *report.skipped]):
+            found.append(_row(manifest, name, entries.get(name), report, letter(place), results.get(name)))
+    return found
+
+
+def table(manifest: Manifest, reports: Sequence[Report]) -> Table:
+    """For a terminal of 100 columns."""
+    heads = ("program", "size MB", "predicted ms", "p50 / p90 / p99 ms", "fidelity", "task (fp32)", "peak MB", "energy")
+    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for head in heads:
+        made.add_column(head, justify="left" if head == "program" else "right", no_wrap=True)
+    found = rows(manifest, reports)
+    for i, row in enumerate(found):
+        if i == 0 or row.report != found[i - 1].report:
+            made.add_section()
+            made.add_row(Text(_source(row, reports), style="bold", overflow="ellipsis"))
+        made.add_row(*_cells(row))
+    made.caption = "predicted: modelled, with its band · fidelity: mean, worst below · * fastest that passed"
+    return made
+
+
+def to_json(manifest: Manifest, reports: Sequence[Report], comparisons: Sequence[Comparison] = ()) -> str:
+    """One document with everything the page shows, unrounded, samples included."""
+    said = json.loads(dump(manifest))
+    essentials = ("name", "version", "target", "expires", "builder", "task", "gate", "history")
+    programs = ("name", "format", "precision", "size_bytes", "lengths", "predicted", "checked")
+    body = {
+        "schema": SCHEMA,
+        "bundle": {
+            "digest": digest_of(dump(manifest)),
+            **{key: said[key] for key in essentials},
+            "programs": [{key: program[key] for key in programs} for program in said["programs"]],
+        },
+        "reports": [json.loads(dump(report)) for report in reports],
+        "comparisons": [asdict(comparison) for comparison in comparisons],
+    }
+    return json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def letter(place: int) -> str:
+    return chr(ord("A") + place) if place < 26 else f"R{place + 1}"
+
+
+def clean(value: object, longest: int = LONGEST) -> str:
+    """Words of a report without control, direction and half characters, cut where they go on for ever."""
+    words = str(value)
+    kept = "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in words[:longest])
+    return kept + ("…" if len(words) > longest else "")
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """Three significant digits, as many as a measurement is worth; whole numbers from 1,000 on."""
+    if value is None:
+        return MISSING
+    size = abs(value)
+    if isinstance(value, int):
+        shown = f"{value:,}" if size < 1e15 else MISSING
+    elif size < 0.995 or size >= 1e9:
+        shown = f"{value:.3g}"
+    else:
+        shown = f"{value:,.{0 if size >= 99.95 else 1 if size >= 9.995 else 2}f}"
+    return f"{shown} {unit}" if unit else shown
+
+
+def share(value: float | None) -> str:
+    """Four decimals: similarities and accuracies."""
+    return MISSING if value is None else f"{value:.4f}"
+
+
+def explained(flag: str) -> tuple[str, str]:
+    """What a flag means and what to do about it."""
+    return FLAGS.get(flag, ("this release has no explanation for this flag", "see the agent that wrote the report"))
+
+
+def energy_text(row: Row) -> str:
+    """Above idle, per inference; never a figure where no sensor gave one."""
+    if row.energy:
+        return number(row.energy.above_idle_mj, "mJ")
+    return NO_SENSOR if row.latency else MISSING
+
+
+def band_words(row: Row) -> str:
+    """The predicted latency with its ends; who is asked to trust it sees both."""
+    if not row.band:
+        return MISSING
+    low, stated, high = row.band
+    return f"{number(stated)} ({number(low)}–{number(high)})"
+
+
+def facts(found: Mapping[str, Any]) -> dict[str, str]:
+    """{"temp_c": {"cpu": 48.2}, "khz": [9, 9]} -> {"temp_c cpu": "48.2", "khz": "2 x 9"}; what is empty is left out."""
+    flat: dict[str, str] = {}
+    for key, value in found.items():
+        inner = value.items() if isinstance(value, Mapping) else [("", value)]
+        for name, item in inner:
+            if item is not None and item != [] and item != {}:
+                flat[f"{clean(key, 40)} {clean(name, 40)}".strip()] = _listed(item)
+            if len(flat) >= MOST_FACTS:
+                return flat
+    return flat
+
+
+def _listed(item: object) -> str:
+    if isinstance(item, list) and len(item) > 1 and all(part == item[0] for part in item):
+        return f"{len(item)} × {clean(item[0])}"
+    return clean(", ".join(map(str, item[:MOST_FACTS]))) if isinstance(item, list) else clean(item)
+
+
+def _row(
+    manifest: Manifest, name: str, entry: Entry | None, report: Report | None, key: str, result: Result | None
+) -> Row:
+    chosen = best(report) if report else None
+    on_device = result.fidelity if result else None
+    return Row(
+        program=name,
+        report=key,
+        device=machine(report) if report else "",
+        kind=report.kind if report and result else "modelled",
+        size_mb=entry.size_bytes / 2**20 if entry else None,
+        threads=result.threads if result else None,
+        predicted=entry.predicted if entry else None,
+        misfit=not_as_predicted(manifest, entry, report, result) if entry and report and result else None,
+        latency=result.latency if result else None,
+        memory=result.memory if result else None,
+        energy=result.energy if result else None,
+        fidelity=on_device or (entry.checked if entry else None),
+        fidelity_from="device" if on_device else "build machine",
+        passed=result.golden.passed if result else None,
+        selected=bool(result and chosen and chosen.program == name),
+        flags=result.flags if result else (),
+        skipped=report.skipped.get(name, "not in this report") if report and not result else None,
+    )
+
+
+def _source(row: Row, reports: Sequence[Report]) -> str:
+    if not row.report:
+        return "not run yet"
+    report = next(r for i, r in enumerate(reports) if letter(i) == row.report)
+    kind = EMULATED if report.kind == "emulated" else clean(report.kind, 12)
+    return f"{row.report}  {clean(row.device, 34)} · {kind} · {clean(report.started, 20)}"
+
+
+def _cells(row: Row) -> list[Text]:
+    dim = "dim" if row.kind != "measured" else ""
+    name = Text(f"{clean(row.program, 18)}{' *' if row.selected else ''}")
+    for flag in row.flags[:4]:
+        name.append(f"\n! {clean(flag, 18)}", style="yellow")
+    if row.passed is False:
+        name.append("\n! self-check failed", style="red")
+    latency, memory, fidelity = row.latency, row.memory, row.fidelity
+    times = " / ".join(number(v) for v in (latency.p50_ms, latency.p90_ms, latency.p99_ms)) if latency else MISSING
+    skipped = row.skipped is not None
+    return [
+        name,
+        Text(number(row.size_mb)),
+        Text(band_words(row).replace(" (", "\n(")),
+        Text("not run" if skipped else times + ("\nemulated" if row.kind == "emulated" else ""), style=dim),
+        Text(f"{share(fidelity.mean)}\n{share(fidelity.worst)}" if fidelity else MISSING),
+        Text(f"{share(fidelity.value)}\n({share(fidelity.reference)})" if fidelity and fidelity.metric else MISSING),
+        Text(f"{number(memory.peak_rss_mb)}\n+{number(memory.growth_mb)}" if memory else MISSING, style=dim),
+        Text(energy_text(row), style=dim),
+    ]

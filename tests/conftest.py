@@ -1,0 +1,31 @@
+"""Fixtures that several test files share."""
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BOARD = Path(__file__).parents[1] / "tools" / "board.py"
+
+
+@pytest.fixture(scope="session")
+def board_tool() -> ModuleType:
+    """tools/board.py, which is in no package; skips where it cannot make a board."""
+    spec = importlib.util.spec_from_file_location("board", BOARD)
+    assert spec and spec.loader
+    module = sys.modules["board"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if reason := module.missing():
+        pytest.skip(reason)
+    return module
+
+
+@pytest.fixture(scope="session")
+def board(board_tool: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """An emulated Raspberry Pi 4 behind sshd, one for all tests: give your files a folder of their own in its home."""
+    with board_tool.running(board_tool.cached("raspberry-pi-4"), tmp_path_factory.mktemp("board")) as running:
+        yield running
