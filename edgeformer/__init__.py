@@ -15,7 +15,26 @@ from edgeformer_agent.wire import Gate, Manifest, Report
 
 from .build import build
 from .bundle import Bundle, open_bundle
+from .compare import Comparison, against_prediction, compare
+from .deploy import Measure, deploy, run
 from .errors import EdgeformerError
+from .link import SshOptions
 
-__all__ = ["Bundle", "EdgeformerError", "Gate", "Manifest", "Report", "__version__", "build", "open_bundle"]
+__all__ = [
+    "Bundle",
+    "Comparison",
+    "EdgeformerError",
+    "Gate",
+    "Manifest",
+    "Measure",
+    "Report",
+    "SshOptions",
+    "__version__",
+    "against_prediction",
+    "build",
+    "compare",
+    "deploy",
+    "open_bundle",
+    "run",
+]
 __version__ = "0.1.0"

@@ -8,15 +8,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgeformer_agent import cases, wire
 
-from . import device as devices
-from . import formats, predict, signing
+from . import device as devices, formats as registry, predict, signing
 from .bundle import AGENT, Bundle, agent_zip, open_bundle, write
 from .errors import BadInput, BundleRefused, FormatNotYet, UnknownFormat
 
@@ -28,7 +26,10 @@ if TYPE_CHECKING:
     from .passes import Pass
     from .program import Program
 
-PRECISIONS = ("int8", "fp32")
+PRECISIONS = {
+    "int8": "int8 weights and embeddings per output channel, activations quantized per call",
+    "fp32": "fp32 throughout",
+}
 GOLDEN_ROWS = 3
 GOLDEN_TOKENS = 128  # a self-check must be cheap on the slowest board
 # Other instruction sets round differently. int8: a board's kernels may also saturate where this machine's do not.
@@ -70,13 +71,13 @@ def build(
     """
     report = progress or (lambda _what, _done, _total: None)
     device = devices.load(target)
-    chosen = _formats(device, formats)
+    chosen = _chosen(device, formats)
     precisions = _precisions(precision)
     expiry = _expiry(expires)
 
     from . import check, data as rows_of, model as models  # torch from here on
-    from .passes import quantize
 
+    exporters = [registry.load(name) for name in chosen]
     limit = check.gate(gate)
     report("load the model", 0, 1)
     if not isinstance(model, models.Model):
@@ -87,16 +88,15 @@ def build(
     wanted = check.reference(model, rows.rows, lambda n: report("fp32 reference", n, len(rows.rows)))
     for step in passes:
         model = step(model)
-    variants = [quantize.int8()(model) if p == "int8" else model for p in precisions]
 
     built: list[_Built] = []
-    for number, (variant, format) in enumerate((v, f) for v in variants for f in chosen):
-        report("export", number, len(variants) * len(chosen))
-        program = _load_format(format).export(variant, device)
-        built.append(_checked(program, variant, rows, wanted, device, limit, report))
-    report("export", len(built), len(built))
+    for module in exporters:
+        report("export", len(built), len(exporters) * len(precisions))
+        for program in module.export(model, device, precisions):
+            built.append(_checked(program, model, rows, wanted, device, limit, report))
+            report("export", len(built), len(exporters) * len(precisions))
     folder = Path(out) / f"{model.name}-{device.name}"
-    manifest = _manifest(variants, device.name, built, rows, limit, expiry)
+    manifest = _manifest(model, device.name, built, rows, limit, expiry)
     contents = _contents(model, built, rows, wanted)
     report("package and sign", 0, 1)
     signer = signing.load(key)
@@ -112,12 +112,12 @@ class _Built:
     outputs: tuple[np.ndarray, ...]
 
 
-def _formats(device: devices.Device, wanted: Sequence[str] | None) -> tuple[str, ...]:
+def _chosen(device: devices.Device, wanted: Sequence[str] | None) -> tuple[str, ...]:
     """The formats to build, checked before anything slow starts."""
-    here = formats.names()
+    here = registry.names()
     names = tuple(wanted) if wanted is not None else device.formats
     for name in names:
-        if name not in (*here, *formats.PLANNED):
+        if name not in (*here, *registry.PLANNED):
             raise UnknownFormat(name, [*device.formats])
         if not device.runs(name):
             raise BadInput(f"{device.name} does not run {name}; it runs {', '.join(device.formats)}")
@@ -147,10 +147,6 @@ def _expiry(expires: str | None) -> str:
     if day < today:
         raise BadInput(f"expires {expires} is in the past; every device would refuse the bundle")
     return day.isoformat()
-
-
-def _load_format(name: str) -> ModuleType:
-    return formats.load(name)
 
 
 def _checked(
@@ -193,11 +189,8 @@ def _checked(
 
 
 def _manifest(
-    variants: Sequence[Model], target: str, built: Sequence[_Built], rows: Rows, limit: wire.Gate, expires: str
+    model: Model, target: str, built: Sequence[_Built], rows: Rows, limit: wire.Gate, expires: str
 ) -> wire.Manifest:
-    model = variants[0]
-    history = dict.fromkeys(repr(step) for v in variants for step in v.history)  # shared steps once, in order
-    steps = {repr(step): step for v in variants for step in v.history}
     return wire.Manifest(
         schema=wire.MANIFEST_SCHEMA,
         name=model.name,
@@ -207,10 +200,25 @@ def _manifest(
         builder=f"edgeformer {distribution('edgeformer').version}",
         task=model.task,
         programs=tuple(b.entry for b in built),
-        history=tuple(steps[key] for key in history),
+        history=(*model.history, *(_step(b) for b in built)),
         gate=limit,
         cases=wire.Cases("cases/golden.npz", "cases/evaluation.npz", len(rows.rows), rows.source),
         files={},
+    )
+
+
+def _step(built: _Built) -> wire.Step:
+    """What the exporter did, and what it cost and kept."""
+    entry = built.entry
+    return wire.Step(
+        f"export.{entry.format}",
+        {
+            "program": entry.name,
+            "precision": PRECISIONS[entry.precision],
+            "size_bytes": entry.size_bytes,
+            entry.checked.measure: entry.checked.mean,
+            **({} if entry.checked.value is None else {str(entry.checked.metric): entry.checked.value}),
+        },
     )
 
 
@@ -257,6 +265,9 @@ def _write(
 
 def _same(before: wire.Manifest, manifest: wire.Manifest, contents: dict[str, bytes | Path]) -> bool:
     """Whether a build changed nothing: it keeps its version then, and gives the same bytes."""
-    digests = {k: wire.digest(v if isinstance(v, bytes) else v.read_bytes()) for k, v in (contents | {AGENT: agent_zip()}).items()}
+    digests = {
+        k: wire.digest(v if isinstance(v, bytes) else v.read_bytes())
+        for k, v in (contents | {AGENT: agent_zip()}).items()
+    }
     plain = wire.load_manifest(wire.dump(manifest._replace(version=before.version, files=before.files)))
     return plain == before and digests == {name: file.sha256 for name, file in before.files.items()}

@@ -24,8 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import edgeformer_agent
-from edgeformer_agent import verify as agent
-from edgeformer_agent import wire
+from edgeformer_agent import verify as agent, wire
 
 from . import signing
 from .errors import BadInput, BundleRefused, WrongUse
@@ -237,7 +236,7 @@ def _recover(folder: Path) -> None:
     for work in _leftovers(folder):
         if (work / "old").is_dir() and not folder.exists():  # between two renames: no exchange on this disk
             (work / "old").rename(folder)
-        if _is_of(work / "archive.tar", folder):
+        if (work / "archive.tar").is_file() and _is_of(work / "archive.tar", folder):
             (work / "archive.tar").replace(_archive(folder))
 
 

@@ -64,23 +64,19 @@ def run(
     return tuple(outputs)
 
 
-def hold(name: str, checked: wire.Fidelity, limit: wire.Gate) -> None:
+def hold(name: str, found: wire.Fidelity, limit: wire.Gate) -> None:
     """Raises GateFailed with the program, both numbers and by how much it fails."""
-    if checked.value is not None and checked.reference is not None:
-        least = limit.metric_ratio * checked.reference
-        if not checked.value >= least:
-            raise GateFailed(
-                f"{name}: {checked.metric} {checked.value:.4f} on {checked.rows} rows is below the gate {least:.4f} "
-                f"({limit.metric_ratio:.2%} of fp32's {checked.reference:.4f}) by {least - checked.value:.4f}; nothing was "
-                f"packaged. Use another precision, or loosen the gate on purpose: gate={_below(checked.value / checked.reference)}"
-            )
-        return
-    least = float(getattr(limit, checked.measure))
-    if not checked.mean >= least:
+    if found.value is not None and found.reference is not None:
+        what, got, least = f"{found.metric}", found.value, limit.metric_ratio * found.reference
+        of = f"{limit.metric_ratio:.2%} of fp32's {found.reference:.4f}"
+        share = found.value / found.reference if found.reference > 0 else 0.0
+    else:
+        what, got, least = f"mean {found.measure} with fp32", found.mean, float(getattr(limit, found.measure))
+        of, share = f"the worst row has {found.worst:.4f}", found.mean
+    if not got >= least:  # NaN fails too
         raise GateFailed(
-            f"{name}: mean {checked.measure} with fp32 {checked.mean:.4f} over {checked.rows} rows (worst {checked.worst:.4f}) "
-            f"is below the gate {least:.4f} by {least - checked.mean:.4f}; nothing was packaged. "
-            f"Use another precision, or loosen the gate on purpose: gate={_below(checked.mean)}"
+            f"{name}: {what} {got:.4f} on {found.rows} rows is below the gate {least:.4f} ({of}) by {least - got:.4f}; "
+            f"nothing was packaged. Use another precision, or loosen the gate on purpose: gate={_below(share)}"
         )
 
 

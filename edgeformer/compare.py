@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from edgeformer_agent.wire import Entry, Fidelity, Latency, Manifest, Report, Result, digest, dump
 from numpy.typing import NDArray
+
+from edgeformer_agent.wire import Entry, Fidelity, Latency, Manifest, Report, Result, digest, dump
 
 NOISE = 0.02  # a smaller change of latency or memory is not reproducible between two runs on a quiet board
 ENERGY_NOISE = 0.05  # shunts and gain of on-board sensors, uncalibrated
@@ -47,7 +48,7 @@ class Comparison:
     too few samples | not comparable; the first of `notes` gives the reason for the last three.
     """
 
-    metric: str  # latency_ms | memory_mb | energy_mj | accuracy | spearman | fidelity | fidelity_worst
+    metric: str  # latency_ms | memory_mb | energy_mj | accuracy | spearman | fidelity[_worst] | predicted_latency_ms
     program: str
     baseline: float | None
     candidate: float | None
@@ -361,17 +362,17 @@ def _one_sided(x: Result | None, y: Result | None, a: Report, b: Report, notes: 
 
 
 def _predicted(entry: Entry, result: Result, refused: str | None) -> Comparison:
-    said, latency = entry.predicted, result.latency
+    said, latency, about = entry.predicted, result.latency, ("predicted_latency_ms", entry.name)
     values = (said.metrics.latency_ms, latency.p50_ms if latency else None)
     counts = (0, len(latency.samples_us) if latency else 0)
     if values[0] is None or values[0] <= 0:
-        return _unjudged("latency_ms", entry.name, values, counts, ("no latency was predicted",), "no baseline")
+        return _unjudged(*about, values, counts, ("no latency was predicted",), "no baseline")
     if refused or values[1] is None:
-        return _unjudged("latency_ms", entry.name, values, counts, (refused or "its self-check failed",))
+        return _unjudged(*about, values, counts, (refused or "its self-check failed",))
     ratio = values[1] / values[0]
     verdict = "as predicted" if said.low <= ratio <= said.high else "outside the band"
     notes = (f"{said.kind} for {said.device} by {said.method}",)
-    return Comparison("latency_ms", entry.name, *values, ratio, said.low, said.high, None, *counts, verdict, notes)
+    return Comparison(*about, *values, ratio, said.low, said.high, None, *counts, verdict, notes)
 
 
 def _unjudged(

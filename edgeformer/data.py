@@ -44,8 +44,8 @@ class Rows:
 
 def load(model: Model, data: str | Path | Sequence[str] | None, task: str | None, *, most: int = MAX_ROWS) -> Rows:
     """
-    `data`: a .txt (one text a line), a .tsv with `task` (texts, then a label, a header line or none), a .npz (an array of
-    rows for each input), a sequence of texts, or None (a sample that comes with the package; noise for models without
+    `data`: a .txt (one text a line), a .tsv with `task` (texts, then a label, a header line or none), a .npz (an
+    array of rows for each input), texts, or None (a sample that comes with the package; noise for models without
     text). Rows longer than the model's limit are cut. Raises BadInput.
     """
     if task is not None and task not in TASKS:
@@ -178,7 +178,7 @@ def _named(path: Path) -> str:
 
 def _is_number(text: str) -> bool:
     try:
-        return np.isfinite(float(text))
+        return bool(np.isfinite(float(text)))
     except ValueError:
         return False
 

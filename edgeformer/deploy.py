@@ -1,11 +1,11 @@
 """
 Ships a bundle to a device, has it measured there, and brings the report back.
 
-Verify here; push (resumable, proved by hashes computed there); run the agent there; fetch and check its report; clean up
-there. The agent verifies the bundle again, checks it against the golden outputs, and only then makes
-`<home>/current` point to it, in one step. So whatever ends us, at any moment: `current` names the release it named before
-or the complete new one, and the agent there has ended. What may stay is `releases/<id>.part`, the upload's beginning:
-nothing opens it, the next deploy of the bundle continues it and the next deploy of another one deletes it.
+Verify here; push (resumable, proved by hashes computed there); run the agent there; fetch and check its report; clean
+up there. The agent verifies the bundle again, checks it against the golden outputs, and only then makes
+`<home>/current` point to it, in one step. So whatever ends us, at any moment: `current` names the release it named
+before or the complete new one, and the agent there has ended. What may stay is `releases/<id>.part`, the upload's
+beginning: nothing opens it, the next deploy of this bundle continues it, the next one of another bundle deletes it.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ LAST_LINES = 12  # of the agent, in an error
 
 ReportProgress = Callable[[str, int, int], None]  # verify | push | measure | clean, done, total
 
-# $1 home, $2 the release that was just pushed. Whatever else is neither current nor previous goes, abandoned uploads
-# of other bundles included. `current` may be a link or a file that holds the name.
+# $1 home, $2 the release that was just pushed. Every other one that is neither current nor previous goes, and so does
+# what runs that were cut off have left: uploads, working folders, half of a flip. `current` is a link, or a file with
+# the name where there are no links.
 _CLEAN = (
-    'cd "$1/releases" || exit 0; keep=" $2 "; for n in current previous; do '
-    't=$(readlink "../$n" || cat "../$n") && keep="$keep${t##*/} "; done 2>/dev/null; '
+    'cd "$1/releases" || exit 0; rm -rf ../work-* ../current.* ../previous.*; keep=" $2 "; '
+    'for n in current previous; do t=$(readlink "../$n" || cat "../$n") && keep="$keep${t##*/} "; done 2>/dev/null; '
     'for d in *; do case "$keep" in *" $d "*) ;; *) rm -rf "./$d";; esac; done'
 )
 
@@ -53,6 +54,7 @@ class Measure:
     threads: int | None = None
     min_runs: int | None = None
     min_seconds: float | None = None
+    rows: int | None = None  # at most this many of the evaluation rows
 
 
 def deploy(
@@ -112,7 +114,7 @@ def _check_measure(bundle: Bundle, measure: Measure) -> None:
     unknown = sorted(set(measure.programs) - set(names))
     if unknown:
         raise BadInput(f"the bundle has no program {', '.join(map(repr, unknown))}. It has: {', '.join(names)}.")
-    for name, value in (("threads", measure.threads), ("min_runs", measure.min_runs)):
+    for name, value in (("threads", measure.threads), ("min_runs", measure.min_runs), ("rows", measure.rows)):
         if value is not None and value < 1:
             raise BadInput(f"{name} is {value}; it must be at least 1.")
     if measure.min_seconds is not None and not 0 <= measure.min_seconds < float("inf"):
@@ -125,6 +127,7 @@ def _options(measure: Measure) -> list[str]:
         ("--min-runs", measure.min_runs),
         ("--min-seconds", measure.min_seconds),
         ("--threads", measure.threads),
+        ("--rows", measure.rows),
     ):
         options += [] if value is None else [name, str(value)]
     return options + [word for program in measure.programs for word in ("--program", program)]
@@ -151,8 +154,9 @@ def _inventory(bundle: Bundle) -> dict[str, wire.File]:
 def _measure(
     link: Link, release: str, digest: str, options: Sequence[str], on_line: Callable[[str], None]
 ) -> wire.Report:
-    path = f"{link.home}/reports/{digest[:16]}-{secrets.token_hex(8)}.json"
-    last: deque[str] = deque(maxlen=LAST_LINES)
+    # The agent's temporary files go with this folder, also those of an agent that was killed.
+    work = f"{link.home}/work-{digest[:16]}-{secrets.token_hex(8)}"
+    path, last = f"{work}/report.json", deque[str](maxlen=LAST_LINES)
 
     def heard(line: str) -> None:
         last.append(line)
@@ -160,13 +164,15 @@ def _measure(
 
     agent = [*link.python, "-u", f"{release}/{AGENT}", "run", release, "--home", link.home, "--out", path]
     try:
-        code = link.run([*agent, *options], heard)
+        if link.run(["mkdir", "-p", work], heard):
+            raise LinkError(f"cannot create {work} on the device:\n{last[-1] if last else ''}")
+        code = link.run(["env", f"TMPDIR={work}", *agent, *options], heard)
         if code not in (0, 1):
             _fail(code, link, "\n".join(last))
         return _fetched(link, path, digest, code, "\n".join(last))
     finally:
         with contextlib.suppress(EdgeformerError):
-            link.remove(path)
+            link.remove(work)
 
 
 def _fetched(link: Link, path: str, digest: str, code: int, said: str) -> wire.Report:
@@ -175,7 +181,9 @@ def _fetched(link: Link, path: str, digest: str, code: int, said: str) -> wire.R
     except LinkError:
         if code == 0:
             raise
-        raise CheckFailed(f"the agent refused the bundle or failed, and wrote no report. It said:\n{said}") from None
+        if "bundle refused: " in said:
+            raise BundleRefused(f"the device refuses the bundle. It said:\n{said}") from None
+        raise CheckFailed(f"the agent failed on the device and wrote no report. It said:\n{said}") from None
     try:
         report = wire.load_report(data)
     except wire.WireError as error:
@@ -201,11 +209,11 @@ def _fail(code: int, link: Link, said: str) -> NoReturn:
 
 @contextlib.contextmanager
 def _opened(where: str | Link, ssh: SshOptions | None) -> Iterator[Link]:
-    if isinstance(where, Link):
-        yield where
-    else:
+    if isinstance(where, str):
         with connect(where, ssh) as link:
             yield link
+    else:
+        yield where
 
 
 @contextlib.contextmanager

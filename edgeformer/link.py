@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import hashlib
+import itertools
 import logging
 import os
 import re
@@ -164,9 +165,10 @@ class Link:
     def _prepare(self, part: str, there: Mapping[str, int], files: Mapping[str, wire.File]) -> None:
         """Folders for `files`, and nothing in `part` that is not the beginning of one of them."""
         stray = [path for path, size in there.items() if path not in files or not 0 <= size <= files[path].size]
-        if stray:
-            self._checked("tidy the upload folder", _REMOVE, *(f"{part}/{path}" for path in stray))
-        self._checked("create folders", _FOLDERS, *sorted({f"{part}/{Path(path).parent}" for path in files}))
+        for batch in _batches(f"{part}/{path}" for path in stray):
+            self._checked("tidy the upload folder", _REMOVE, *batch)
+        for batch in _batches(sorted({f"{part}/{Path(path).parent}" for path in files})):
+            self._checked("create folders", _FOLDERS, *batch)
 
     def _fill(
         self,
@@ -205,7 +207,8 @@ class Link:
         wrong = self._wrong(part, self._listing(part), files)
         if wrong:
             # What is wrong is deleted, so that the next push sends it instead of trusting it.
-            self._checked("delete what is wrong", _REMOVE, *(f"{part}/{path}" for path in wrong))
+            for batch in _batches(f"{part}/{path}" for path in wrong):
+                self._checked("delete what is wrong", _REMOVE, *batch)
             shown = ", ".join(f"{path} ({how})" for path, how in sorted(wrong.items())[:5])
             raise LinkError(
                 f"{self._form.label}: what the device stored is not what was sent: {shown}. Nothing was put in place. "
@@ -220,14 +223,12 @@ class Link:
 
     def _hashes(self, folder: str, paths: Iterable[str]) -> dict[str, str]:
         """sha256 computed on the device; a file it cannot read has none."""
-        names, hashes = [f"./{path}" for path in paths], dict[str, str]()
-        for at in range(0, len(names), _BATCH):
-            status, output = self._ask(_HASH, folder, *names[at : at + _BATCH])
-            found = [match for match in map(_SHA.fullmatch, output.split(b"\n")) if match]
+        hashes: dict[str, str] = {}
+        for batch in _batches(f"./{path}" for path in paths):
+            status, output = self._ask(_HASH, folder, *batch)
             if status == 127:
-                raise LinkError(
-                    f"{self._form.label} has no sha256sum: {_tail(output)}. Install coreutils or busybox there."
-                )
+                raise LinkError(f"{self._form.label} has no sha256sum: {_tail(output)}. Install coreutils there.")
+            found = [match for match in map(_SHA.fullmatch, output.split(b"\n")) if match]
             hashes.update({_name(match[2]): match[1].decode() for match in found})
         return hashes
 
@@ -255,7 +256,7 @@ class Link:
 # nothing is ever pasted into a script. A login shell may greet on stdout; what counts follows MARK.
 
 MARK = b"edgeformer-begins-here\n"
-_HOME = 'umask 077; mkdir -p "$1/releases" "$1/reports" && cd "$1" && pwd -P'
+_HOME = 'umask 077; mkdir -p "$1/releases" && cd "$1" && pwd -P'
 _LIST = 'cd "$1" && find . -type f -exec wc -c {} + && find . ! -type f ! -type d'
 # macOS before 15 has no sha256sum. A missing file is an absent line, so the exit code says nothing.
 _HASH = 'cd "$1" && shift && if command -v sha256sum >/dev/null; then sha256sum "$@"; else shasum -a 256 "$@"; fi'
@@ -269,19 +270,20 @@ _FINISH = (
     'if [ -e "$2" ]; then mv "$2" "$2.old"; fi; mv "$2.part" "$2" && rm -rf "$2.old"; }'
 )
 _FETCH = 'head -c "$2" <"$1"'
-_REMOVE = 'rm -rf "$@"'
+_REMOVE = 'rm -rf -- "$@"'
 # The command runs in the background and a watcher reads the channel's input; its end (we closed, were killed, or the
-# network went) ends the whole process group, or the command alone where the server gave it no group of its own.
-# The shell itself outlives TERM, so that its exit tells that the command has ended.
+# network went) ends the command and what it started: the process group where the server made us one, as sshd does, else
+# the processes below it. The shell itself outlives TERM, and output that nobody reads, so that its exit tells that the
+# command has ended and the watcher goes with it. `read`, unlike cat, is no process that could stay.
 _RUN = (
-    'exec 3<&0; "$@" 3<&- </dev/null & p=$!; trap "" TERM; '
-    "{ cat; kill -TERM -$$ || kill -TERM $p; "
-    f"sleep {GRACE_SECONDS}; kill -KILL $p; kill -KILL -$$; }} <&3 >/dev/null 2>&1 & w=$!; exec 3<&-; "
+    "t() { echo $1; ps -A -o pid= -o ppid= | while read -r c q; do [ $q = $1 ] && t $c; done; }; "
+    'exec 3<&0; "$@" 3<&- </dev/null & p=$!; trap "" TERM PIPE; '
+    "{ while read -r x; do :; done; g=-$$; kill -TERM $g || { g=$(t $p); kill -TERM $g; }; "
+    f"sleep {GRACE_SECONDS}; kill -KILL $g; }} <&3 >/dev/null 2>&1 & w=$!; exec 3<&-; "
     "wait $p; s=$?; exec 2>/dev/null; kill -KILL $w; exit $s"
 )
 _SIZE = re.compile(rb"\s*(\d+) (\./.+)")
 _SHA = re.compile(rb"([0-9a-f]{64}) [ *](\./.+)")
-_BATCH = 100  # file names per command, far below any limit of a command line
 
 
 def _command(script: str, values: Sequence[str]) -> str:
@@ -304,6 +306,13 @@ def _check_push(folder: Path, digest: str, files: Mapping[str, wire.File]) -> No
 
 def _below(sizes: Mapping[str, int], folder: str) -> dict[str, int]:
     return {path.removeprefix(f"{folder}/"): size for path, size in sizes.items() if path.startswith(f"{folder}/")}
+
+
+def _batches(names: Iterable[str], size: int = 100) -> Iterator[list[str]]:
+    """Names for one command each, far below any limit of a command line."""
+    rest = iter(names)
+    while batch := list(itertools.islice(rest, size)):
+        yield batch
 
 
 def _total(files: Mapping[str, wire.File]) -> int:
@@ -376,7 +385,7 @@ class Local:
         if self._shell is None:
             raise MissingTool("sh", "deploy to a device that has a shell")
         self._temporary = None if home else tempfile.mkdtemp(prefix="edgeformer-")
-        self.home = str(Path(home or self._temporary or "").absolute())
+        self.home = str(Path(home or self._temporary or "").expanduser().absolute())
         self.python: tuple[str, ...] = (sys.executable, "-I")
 
     def start(self, command: str) -> Process:

@@ -57,7 +57,6 @@ class Model:
     output: wire.Tensor
     task: wire.Task
     lengths: tuple[int, ...] = ()
-    precision: str = "fp32"
     tokenizer: Any = None
     files: Mapping[str, bytes] | None = None
     history: tuple[wire.Step, ...] = ()
@@ -218,7 +217,8 @@ class _OneOutput(torch.nn.Module):
         named = dict(zip(self.names, tensors, strict=True)) if self.names else {}
         output = self.module(**named) if self.names else self.module(*tensors)
         if self.take == "logits":
-            return output.logits
+            logits: torch.Tensor = output.logits
+            return logits
         if self.take == "first":
             return output if isinstance(output, torch.Tensor) else next(iter(output))
         hidden = output.last_hidden_state
@@ -256,7 +256,7 @@ def _image_inputs(config: Any) -> tuple[wire.Tensor, ...]:
 
 def _positions(module: torch.nn.Module) -> int:
     """How many tokens the position table holds; families that count from the padding index lose the rows below it."""
-    limit = int(getattr(module.config, "max_position_embeddings", 0) or LONGEST)  # type: ignore[union-attr]
+    limit = int(getattr(module.config, "max_position_embeddings", 0) or LONGEST)
     for name, table in module.named_modules():
         if isinstance(table, torch.nn.Embedding) and "position_embeddings" in name and table.padding_idx is not None:
             limit = min(limit, table.num_embeddings - table.padding_idx - 1)

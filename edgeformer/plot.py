@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, LEFT, RIGHT = 760, 172, 606  # the drawing lies between LEFT and RIGHT
+WIDTH, LEFT, RIGHT = 880, 190, 716  # the drawing lies between LEFT and RIGHT
 TOP, FOOT = 8, 40
-PANEL = (248, 190)
+SMALL, LARGE = 1e-9, 1e12  # what an axis can show
+PANEL = (290, 205)
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Scale:
         return round(self.start + min(max(part, 0.0), 1.0) * (self.end - self.start), 1)
 
     def _place(self, value: float) -> float:
-        return math.log(max(value, 1e-12)) if self.logarithmic else value
+        return math.log(max(value, SMALL)) if self.logarithmic else value
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Bar:
-    """A length from zero. `part` is drawn solid and the rest pale; `marks` are p90 and p99; `band` is low, stated, high."""
+    """A length from zero. `part` of it is solid, the rest pale; `marks`: p90 and p99; `band`: low, stated, high."""
 
     label: Label
     value: float | None
@@ -92,7 +93,7 @@ class Point:
 def bars(key: str, title: str, description: str, items: Sequence[Bar], unit: str) -> str:
     """One bar per item from zero, the predicted band laid over it."""
     reach = [v for bar in items for v in (bar.value, *bar.marks, bar.band[2] if bar.band else None) if v is not None]
-    scale = Scale(0, _nice(max(reach, default=1.0) or 1.0), LEFT, RIGHT)
+    scale = Scale(0, _nice(max(reach, default=1.0)), LEFT, RIGHT)
     return _rows(
         key,
         title,
@@ -174,8 +175,9 @@ def ticks(low: float, high: float, count: int = 6, logarithmic: bool = False) ->
     if not (math.isfinite(low) and math.isfinite(high)) or high <= low:
         return [low]
     if logarithmic:
-        first, last = math.floor(math.log10(max(low, 1e-12))), math.ceil(math.log10(high))
-        found = [step * 10.0**power for power in range(first, last + 1) for step in (1, 2, 5)]
+        first, last = math.floor(math.log10(max(low, SMALL))), math.ceil(math.log10(high))
+        steps = (1, 2, 5) if last - first <= 4 else (1,)
+        found = [step * 10.0**power for power in range(first, last, max((last - first) // 6, 1)) for step in steps]
         inside = [value for value in found if low <= value <= high]
         if len(inside) >= 2:
             return inside
@@ -195,7 +197,8 @@ def _step(rough: float) -> float:
 
 def _nice(high: float) -> float:
     """The end of an axis from zero: a little air, then the next half step."""
-    step = _step(max(high, 1e-9) / 5) / 2
+    high = min(max(high, SMALL), LARGE)
+    step = _step(high / 5) / 2
     return math.ceil(high * 1.02 / step) * step
 
 
@@ -229,8 +232,8 @@ def _outer(label: Label, middle: float) -> str:
     lift = -3 if label.remark else 4
     raised = -3 if label.detail else 4
     return (
-        _text(0, middle + lift, _short(label.name, 21), "name")
-        + (_text(0, middle + 13, _short(label.remark, 27), "remark") if label.remark else "")
+        _text(0, middle + lift, _short(label.name, 23), "name")
+        + (_text(0, middle + 13, _short(label.remark, 30), "remark") if label.remark else "")
         + (_text(WIDTH, middle + raised, label.figure, "figure end") if label.figure else "")
         + (_text(WIDTH, middle + 13, label.detail, "remark end") if label.detail else "")
     )

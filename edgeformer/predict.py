@@ -30,7 +30,7 @@ def predict(
 ) -> wire.Prediction:
     """
     Latency over `rows` (their lengths in tokens), as the agent will measure it: median and 90th percentile, in ms.
-    `lengths` are the program's static lengths (a row pays for the one it is padded to); `accuracy` is what the check found.
+    `lengths` are the program's static ones (a row pays for the one it is padded to); `accuracy` is the check's finding.
     """
     times = [row_ms(work, _padded(n, lengths), device, threads) for n in rows]
     band = device.band_one_thread if threads == 1 else device.band_all_threads

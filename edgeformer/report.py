@@ -6,15 +6,16 @@ controls: its words pass `clean` and `escape`, and the page's own policy forbids
 Measured, emulated and modelled figures never share an axis unless the prediction was made for that very device.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from edgeformer_agent.wire import Fidelity, Latency, Manifest, Memory, Report, digest, dump
 from numpy.typing import NDArray
+
+from edgeformer_agent.wire import Entry, Fidelity, Latency, Manifest, Memory, Report, Step, digest, dump
 
 from . import plot
 from .compare import NOISE, Comparison, machine
@@ -44,14 +45,15 @@ __all__ = ["Row", "rows", "table", "to_html", "to_json"]
 BINS = 56
 LENGTHS = 40  # places on the token axis of a panel
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+PREDICTED = "predicted_latency_ms"
 NAMES = {
     "latency_ms": "latency, median",
+    PREDICTED: "latency, predicted",
     "memory_mb": "peak memory",
     "energy_mj": "energy above idle",
     "fidelity": "fidelity, mean",
     "fidelity_worst": "fidelity, worst row",
 }
-PREDICTED = ("as predicted", "outside the band")
 COSTS = ("latency_ms", "memory_mb", "energy_mj")  # less is better, ratios share one axis
 VERDICTS = {"faster": "good", "better": "good", "as predicted": "good", "slower": "bad", "worse": "bad"}
 VERDICTS["outside the band"] = "bad"
@@ -78,8 +80,13 @@ class Page:
     rows: Sequence[Row]
     signer: str | None
 
+    def by_program(self) -> list[Row]:
+        """Runs of one program next to each other."""
+        order = list(dict.fromkeys(row.program for row in self.rows))
+        return sorted(self.rows, key=lambda row: order.index(row.program))
+
     def timed(self, kind: str) -> list[Timed]:
-        return [(row, row.latency) for row in self.rows if row.kind == kind and row.latency]
+        return [(row, row.latency) for row in self.by_program() if row.kind == kind and row.latency]
 
 
 def to_html(
@@ -124,9 +131,13 @@ def _header(page: Page) -> str:
 def _run(key: str, report: Report) -> str:
     words = f"{_t(report.started)} · {_t(report.profile)} run · agent {_t(report.agent)}"
     return (
-        f'<li class="{_style(key)}"><b class="key">{key}</b><div><strong>{_t(machine(report))}</strong> '
+        f"<li>{_key(key)}<div><strong>{_t(machine(report))}</strong> "
         f"{_badge(report.kind)}<br><span>{words}</span></div></li>"
     )
+
+
+def _key(key: str) -> str:
+    return f'<b class="key {_style(key)}">{key}</b> ' if key else ""
 
 
 def _badge(kind: str) -> str:
@@ -141,49 +152,49 @@ def _headline(page: Page) -> str:
     row = next((r for r in chosen if r.measured), next(iter(chosen), page.rows[0] if page.rows else None))
     if row is None:
         return ""
-    tiles = [_latency_tile(row), ("Program", number(row.size_mb, "MB"), clean(row.program, 40))]
-    if row.fidelity:
-        found = row.fidelity
-        tiles.append((f"Fidelity, {clean(found.measure, 20)}", share(found.mean), f"worst row {share(found.worst)}"))
-        if found.metric:
-            tiles.append((clean(found.metric, 20).capitalize(), share(found.value), f"fp32 {share(found.reference)}"))
-    if row.memory and row.measured:
-        tiles.append(("Peak memory", number(row.memory.peak_rss_mb, "MB"), f"grew {number(row.memory.growth_mb)} MB"))
-    if row.measured:
-        tiles.append(
-            ("Energy per inference", energy_text(row), clean(row.energy.source) if row.energy else "not invented")
-        )
-    shown = "".join(f"<div><dt>{escape(a)}</dt><dd>{escape(b)}<span>{escape(c)}</span></dd></div>" for a, b, c in tiles)
     where = f"on {_t(row.device)}" if row.device else f"for {_t(page.manifest.target)}"
-    words = "Fastest that passed its self-check" if row.selected else "Not run yet"
-    return f'<p class="best">{words}: <strong>{_t(row.program)}</strong> {where} {_badge(row.kind)}</p><dl class="tiles">{shown}</dl>'
+    state = {"measured": "Fastest that passed its self-check", "modelled": "Not run yet"}
+    words = f"{state.get(row.kind, 'Outputs checked')}: <strong>{_t(row.program)}</strong> {where}"
+    tiles = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(figure)}<span>{escape(remark)}</span></dd></div>"
+        for name, figure, remark in _tiles(row)
+    )
+    return f'<p class="best">{words} {_key(row.report)}{_badge(row.kind)}</p><dl class="tiles">{tiles}</dl>'
+
+
+def _tiles(row: Row) -> list[tuple[str, str, str]]:
+    """Name, figure, remark; time, memory and energy only where they were measured on the device itself."""
+    found, memory, energy = row.fidelity, row.memory, row.energy
+    tiles = [_latency_tile(row), ("Size", number(row.size_mb, "MB"), clean(row.program, 40))]
+    if found:
+        tiles.append((f"Fidelity, {clean(found.measure, 20)}", share(found.mean), f"worst row {share(found.worst)}"))
+    if found and found.metric:
+        tiles.append((clean(found.metric, 20).capitalize(), share(found.value), f"fp32 {share(found.reference)}"))
+    if memory and row.measured:
+        tiles.append(("Peak memory", number(memory.peak_rss_mb, "MB"), f"grew {number(memory.growth_mb)} MB"))
+    if row.measured:
+        tiles.append(("Energy per inference", energy_text(row), clean(energy.source, 60) if energy else "none stated"))
+    return tiles
 
 
 def _latency_tile(row: Row) -> tuple[str, str, str]:
-    if row.measured and row.latency:
-        return (
-            "Latency, median",
-            number(row.latency.p50_ms, "ms"),
-            f"p90 {number(row.latency.p90_ms)}, n {row.latency.n:,}",
-        )
-    if row.predicted and row.predicted.metrics.latency_ms is not None:
-        said = row.predicted
-        return (
-            f"Latency, modelled for {clean(said.device, 24)}",
-            number(said.metrics.latency_ms, "ms"),
-            band_words(row),
-        )
+    latency, said, band = row.latency, row.predicted, row.band
+    if row.measured and latency:
+        return "Latency, median", number(latency.p50_ms, "ms"), f"p90 {number(latency.p90_ms)}, n {number(latency.n)}"
+    if said and band:
+        return "Latency, modelled", number(band[1], "ms"), f"{_ends(band)} on {clean(said.device, 24)}"
     return "Latency", MISSING, "neither measured nor modelled"
+
+
+def _ends(band: tuple[float, float, float]) -> str:
+    return f"{number(band[0])}–{number(band[2])}"
 
 
 def _validity(page: Page) -> str:
     found: list[tuple[Cell, ...]] = []
     for i, report in enumerate(page.reports):
         if report.kind != "measured":
-            words = (
-                "not real hardware: outputs are true, time, memory and energy are not the device's",
-                "run it there",
-            )
+            words = ("outputs are true; time, memory and energy are not the device's", "run it on the device itself")
             found.append((Raw(_badge(report.kind)), f"{letter(i)}, every program", *words))
     flagged: dict[str, list[str]] = {}
     for row in page.rows:
@@ -210,25 +221,13 @@ SELF_CHECK = (
 
 
 def _programs(page: Page) -> str:
-    heads = (
-        "program",
-        "run",
-        ">size MB",
-        ">predicted ms",
-        ">p50 ms",
-        ">p90",
-        ">p99",
-        ">fidelity",
-        ">worst",
-        ">task",
-        ">fp32",
-        ">peak MB",
-        ">energy",
-        "flags",
-    )
+    heads: tuple[str, ...] = ("program", "~run", ">size MB", ">predicted ms", ">p50 ms", ">p90", ">p99")
+    heads += (">fidelity", ">worst", ">task", ">fp32", ">peak MB", ">energy", "flags")
     lines = [_program_line(row) for row in page.rows if row.skipped is None]
     skipped = [(row.program, row.report, clean(row.skipped)) for row in page.rows if row.skipped is not None]
-    inside = _table("Every program in every report; predictions are modelled and name their device", heads, lines)
+    devices = " and ".join(dict.fromkeys(clean(row.predicted.device, 40) for row in page.rows if row.predicted))
+    words = f"Every program in every report. Predictions are modelled for {devices}" if devices else "Every program"
+    inside = _table(words, heads, lines)
     if skipped:
         inside += _table("Not run, and why", ("program", "run", "why"), skipped)
     return _section("programs", "Programs", inside)
@@ -237,11 +236,11 @@ def _programs(page: Page) -> str:
 def _program_line(row: Row) -> tuple[Cell, ...]:
     latency, found, memory = row.latency, row.fidelity, row.memory
     times = (latency.p50_ms, latency.p90_ms, latency.p99_ms) if latency else (None, None, None)
-    star = ' <span class="star" title="fastest that passed its self-check">★</span>' if row.selected else ""
+    star = ' <span class="star">★ fastest</span>' if row.selected and row.measured else ""
     dim = "" if row.measured else ' class="dim"'
     return (
         Raw(f"<b>{_t(row.program)}</b>{star}"),
-        Raw(f"{row.report} <small>{_t(row.kind, 12)}</small>"),
+        Raw(_key(row.report) + ("" if row.measured else f"<small>{_t(row.kind, 12)}</small>")),
         number(row.size_mb),
         band_words(row),
         *(Raw(f"<span{dim}>{number(value)}</span>") for value in times),
@@ -296,7 +295,7 @@ def _modelled(page: Page) -> str:
     for row in {row.program: row for row in page.rows if row.predicted and row.band}.values():
         if row.predicted and row.band:
             label = Label(clean(row.program), f"for {clean(row.predicted.device, 20)}", number(row.band[1], "ms"))
-            bars.append(plot.Bar(replace(label, detail=band_words(row)), None, "band", band=row.band))
+            bars.append(plot.Bar(replace(label, detail=_ends(row.band)), None, "band", band=row.band))
     if not bars:
         return ""
     picture = plot.bars("mod", "Modelled latency per program", _said(bars), bars, "ms per row, modelled")
@@ -324,12 +323,12 @@ def _distributions(page: Page) -> str:
         mine = [(row, found) for row, found in page.timed("measured") if row.report == key and found.samples_us]
         if mine:
             inside += f"<h3>{key} · {_t(machine(report))}</h3>" + _hills(key, mine) + _clouds(key, mine)
-    return _section("distribution", "Distribution", inside) if inside else ""
+    return _section("distribution", "Distribution of latency", inside) if inside else ""
 
 
 def _hills(key: str, mine: Sequence[Timed]) -> str:
     low = min(max(latency.min_ms, 1e-3) for _, latency in mine)
-    high = max(*(latency.p99_ms * 1.12 for _, latency in mine), low * 1.05)
+    high = max(min(max(latency.p99_ms for _, latency in mine), plot.LARGE) * 1.12, low * 1.05)
     scale = plot.Scale(low * 0.97, high, plot.LEFT, plot.RIGHT, logarithmic=high > 6 * low)
     space = np.geomspace if scale.logarithmic else np.linspace
     ridges = [_hill(row, latency, space(scale.low, scale.high, BINS + 1)) for row, latency in mine]
@@ -386,11 +385,16 @@ def _ms(latency: Latency) -> NDArray[np.float64]:
 
 
 def _fidelity(page: Page) -> str:
-    judged = [(row, row.fidelity) for row in page.rows if row.fidelity]
+    rows = page.by_program()
+    run = [row for row in rows if row.fidelity_from != "build machine"]
+    seen = {row.program for row in run}
+    unseen = {row.program: replace(row, report="") for row in rows if row.program not in seen}  # once, not per report
+    wanted = [*run, *unseen.values()]
+    judged = [(row, row.fidelity) for row in wanted if row.fidelity]
     inside = ""
     for i, measure in enumerate(dict.fromkeys(found.measure for _, found in judged)):
         inside += _fidelity_picture(f"fid{i}", measure, [pair for pair in judged if pair[1].measure == measure])
-    heads = (*("program", "run", "seen on", "measure", ">mean", ">worst", ">largest diff.", ">rows"),)
+    heads: tuple[str, ...] = ("program", "run", "seen on", "measure", ">mean", ">worst", ">largest diff.", ">rows")
     heads += ("task", ">value", ">fp32", ">points")
     numbers = _table("Closeness to the fp32 PyTorch model, and the task", heads, [_judged(*pair) for pair in judged])
     inside += _details("The same as numbers, with the task", numbers)
@@ -420,28 +424,26 @@ def _fidelity_picture(key: str, measure: str, judged: Sequence[Judged]) -> str:
 
 
 def _resources(page: Page) -> str:
-    sizes = [
-        plot.Bar(
-            Label(clean(entry.name), clean(entry.precision, 26), number(entry.size_bytes / 2**20, "MB")),
-            entry.size_bytes / 2**20,
-            "ink",
-        )
-        for entry in page.manifest.programs
-    ]
-    inside = _figure(
-        plot.bars("size", "Size on disk per program", _said(sizes), sizes, "MB on disk"), "Files of the program."
-    )
-    held = [(row, row.memory) for row in page.rows if row.memory and row.measured]
+    sizes = [_size_bar(entry) for entry in page.manifest.programs]
+    picture = plot.bars("size", "Size on disk per program", _said(sizes), sizes, "MB on disk")
+    inside = "<h3>Size on disk</h3>" + _figure(picture, "All files of the program.") if sizes else ""
+    held = [(row, row.memory) for row in page.by_program() if row.memory and row.measured]
+    inside += "<h3>Peak memory</h3>"
     if held:
         bars = [_memory_bar(row, memory) for row, memory in held]
         picture = plot.bars("mem", "Peak memory per program", _said(bars), bars, "MB resident, measured")
-        words = (
-            "Whole bar: peak of the process. Solid end: what it grew by after the runtime's import began; pale: before."
-        )
+        words = "Whole bar: peak of the process. Solid end: what runtime and program added; pale: held before."
         inside += _figure(picture, words)
     if any(row.kind == "emulated" for row in page.rows):
-        inside += '<p class="note">Memory under emulation contains the emulator and is not shown.</p>'
-    return _section("resources", "Size, memory, energy", inside + _energies(page))
+        inside += '<p class="note">Memory under emulation contains the emulator and is not drawn.</p>'
+    elif not held:
+        inside += '<p class="note">Not measured.</p>'
+    return _section("resources", "Size, memory, energy", inside + "<h3>Energy per inference</h3>" + _energies(page))
+
+
+def _size_bar(entry: Entry) -> plot.Bar:
+    size = entry.size_bytes / 2**20
+    return plot.Bar(Label(clean(entry.name), clean(entry.precision, 26), number(size, "MB")), size, "ink")
 
 
 def _memory_bar(row: Row, memory: Memory) -> plot.Bar:
@@ -459,12 +461,8 @@ def _energies(page: Page) -> str:
             sizes = (number(found.above_idle_mj), number(found.total_mj), number(found.idle_w), number(found.samples))
             lines.append((row.program, row.report, *sizes, found.source, found.method))
     if not lines:
-        words = (
-            f"Energy: {NO_SENSOR} gave a figure, so none is stated."
-            if page.timed("measured")
-            else "Energy: not measured."
-        )
-        return f'<p class="note">{words}</p>'
+        known = f"{NO_SENSOR}: no figure is stated" if page.timed("measured") else "not measured"
+        return f'<p class="note">{known.capitalize()}.</p>'
     heads = ("program", "run", ">above idle mJ", ">total mJ", ">idle W", ">samples", "sensor", "method")
     return _table("Energy per inference, integrated from one sensor over a burst", heads, lines)
 
@@ -475,49 +473,44 @@ def _energies(page: Page) -> str:
 def _compared(page: Page) -> str:
     if not page.comparisons:
         return ""
-    judged = [c for c in page.comparisons if c.ratio is not None and c.ratio > 0]
-    inside = ""
-    costs = [_ratio_span(c, c.ratio) for c in judged if c.ratio and c.metric in COSTS and c.verdict not in PREDICTED]
+    sets = [set(c.notes) for c in page.comparisons if c.metric != PREDICTED] or [set()]
+    common = set.intersection(*sets)
+    inside = "".join(f'<p class="note">{_t(note, 400)}</p>' for note in page.comparisons[0].notes if note in common)
+    costs = [_ratio_span(c, c.ratio) for c in page.comparisons if c.metric in COSTS and c.ratio is not None]
     if costs:
-        reach = max(1.1, *(max(span.high, 1 / span.low) for span in costs)) * 1.03
+        reach = min(max(1.1, *(max(span.high, 1 / max(span.low, plot.SMALL)) for span in costs)), plot.LARGE) * 1.03
         scale = plot.Scale(1 / reach, reach, plot.LEFT, plot.RIGHT, logarithmic=True)
         title, unit = "Candidate over baseline", "candidate / baseline, logarithmic; left of 1 is less"
         picture = plot.spans("ratio", title, _said(costs), costs, scale, unit, (1 - NOISE, 1.0, 1 + NOISE))
-        inside += _figure(
-            picture, f"Dot: ratio. Line: 95 % interval, where one can be stated. Grey zone: ±{NOISE:.0%}, noise."
-        )
-    heads = (
-        "metric",
-        "program",
-        ">baseline",
-        ">candidate",
-        ">ratio",
-        "95 % interval or band",
-        ">p",
-        "verdict",
-        "notes",
-    )
-    lines = [_comparison(c) for c in page.comparisons]
-    inside += _table("Every comparison; a ratio is candidate over baseline", heads, lines)
+        words = f"Dot: ratio. Line: 95 % interval, where one can be stated. Grey zone: ±{NOISE:.0%}, noise."
+        inside += _figure(picture, words)
+    heads = ("program", "~metric", ">baseline", ">candidate", ">ratio", "~95 % interval", ">p", "verdict", "notes")
+    lines = [_comparison(c, common) for c in page.comparisons]
+    words = "A ratio is candidate over baseline. A prediction is modelled and its interval is the band"
+    inside += _table(words, heads, lines)
     return _section("compared", "Compared", inside)
 
 
 def _ratio_span(found: Comparison, ratio: float) -> plot.Span:
     low = found.low if found.low and found.low > 0 else ratio
     name = NAMES.get(found.metric, found.metric)
-    label = Label(clean(found.program), clean(name, 30), clean(found.verdict), f"× {number(ratio)}")
+    label = Label(clean(found.program), clean(name, 30), clean(found.verdict), f"× {_times(ratio)}")
     style = VERDICTS.get(found.verdict, "ink")
     return plot.Span(label, min(low, ratio), ratio, max(found.high or ratio, ratio), style)
 
 
-def _comparison(found: Comparison) -> tuple[Cell, ...]:
-    sided = number if found.metric in COSTS else share
-    interval = f"{number(found.low)} to {number(found.high)}" if found.low is not None else MISSING
+def _comparison(found: Comparison, common: Set[str]) -> tuple[Cell, ...]:
+    sided = number if found.metric in (*COSTS, PREDICTED) else share
+    interval = f"{_times(found.low)} to {_times(found.high)}" if found.low is not None else MISSING
     p_value = MISSING if found.p_value is None else f"{found.p_value:.3f}" if found.p_value >= 0.001 else "< 0.001"
     verdict = Raw(f'<b class="verdict {VERDICTS.get(found.verdict, "ink")}">{_t(found.verdict)}</b>')
-    names = (NAMES.get(found.metric, found.metric), found.program, sided(found.baseline), sided(found.candidate))
-    notes = Raw(f"<small>{'<br>'.join(_t(note, 400) for note in found.notes)}</small>")
-    return (*names, number(found.ratio), interval, p_value, verdict, notes)
+    names = (found.program, NAMES.get(found.metric, found.metric), sided(found.baseline), sided(found.candidate))
+    notes = Raw(f"<small>{'<br>'.join(_t(note, 400) for note in found.notes if note not in common)}</small>")
+    return (*names, _times(found.ratio), interval, p_value, verdict, notes)
+
+
+def _times(ratio: float | None) -> str:
+    return MISSING if ratio is None else f"{ratio:.3f}" if ratio < 10 else number(ratio)
 
 
 def _places(page: Page) -> str:
@@ -548,8 +541,9 @@ def _moved(before: str | None, after: str | None) -> Cell:
 
 def _bundle(page: Page) -> str:
     made = page.manifest
-    gate = f"metric ≥ {made.gate.metric_ratio:g} × fp32, cosine ≥ {made.gate.cosine:g}, agreement ≥ {made.gate.agreement:g}"
-    gate += f", correlation ≥ {made.gate.correlation:g}{', loosened by hand' if made.gate.loosened else ''}"
+    gate = made.gate
+    least = f"metric {gate.metric_ratio:g} × fp32, cosine {gate.cosine:g}, agreement {gate.agreement:g}"
+    least += f", correlation {gate.correlation:g}{', loosened by hand' if gate.loosened else ''}"
     identity = {
         "name": f"{made.name} {made.version}",
         "target": made.target,
@@ -558,16 +552,17 @@ def _bundle(page: Page) -> str:
         "valid to": made.expires,
         "built by": made.builder,
         "task": f"{made.task.kind}, {made.task.metric or 'no metric'}",
-        "gate": gate,
+        "gate, at least": least,
         "evaluated on": f"{made.cases.rows:,} rows of {made.cases.source}",
     }
     inside = "".join(f"<div><dt>{key}</dt><dd>{_t(value)}</dd></div>" for key, value in identity.items())
-    steps = [
-        (str(i), step.name, ", ".join(f"{k} {v}" for k, v in facts(step.facts).items()))
-        for i, step in enumerate(made.history, 1)
-    ]
-    passes = _table("Passes, in the order they were applied", (">", "pass", "figures it left"), steps) if steps else ""
-    return _section("bundle", "Bundle", f'<dl class="facts wide">{inside}</dl>{passes}')
+    passes = [(str(i), step.name, _figures(step)) for i, step in enumerate(made.history, 1)]
+    table = _table("Passes, in the order they were applied", (">", "pass", "figures it left"), passes) if passes else ""
+    return _section("bundle", "Bundle", f'<dl class="facts wide">{inside}</dl>{table}')
+
+
+def _figures(step: Step) -> str:
+    return ", ".join(f"{key} {value}" for key, value in facts(step.facts).items())
 
 
 def _footer() -> str:
@@ -587,9 +582,8 @@ def _t(value: object, longest: int = LONGEST) -> str:
 
 
 def _section(key: str, title: str, inside: str, style: str = "") -> str:
-    return (
-        f'<section id="{key}" class="{style}" aria-labelledby="{key}-h"><h2 id="{key}-h">{title}</h2>{inside}</section>'
-    )
+    head = f'<h2 id="{key}-h">{title}</h2>'
+    return f'<section id="{key}" class="{style}" aria-labelledby="{key}-h">{head}{inside}</section>'
 
 
 def _figure(picture: str, caption: str) -> str:
@@ -601,9 +595,9 @@ def _details(summary: str, inside: str) -> str:
 
 
 def _table(caption: str, heads: Sequence[str], lines: Iterable[Sequence[Cell]]) -> str:
-    """A heading that begins with > makes its column one of figures. The first cell of a line names the line."""
-    styles = [' class="n"' if head.startswith(">") else "" for head in heads]
-    top = "".join(f'<th scope="col"{s}>{_t(h.removeprefix(">"))}</th>' for s, h in zip(styles, heads, strict=True))
+    """A heading that begins with > makes a column of figures, with ~ one that does not wrap. First cells name lines."""
+    styles = [{">": ' class="n"', "~": ' class="w"'}.get(head[:1], "") for head in heads]
+    top = "".join(f'<th scope="col"{s}>{_t(h.lstrip(">~"))}</th>' for s, h in zip(styles, heads, strict=True))
     body = "".join(f"<tr>{''.join(map(_cell, range(len(heads)), styles, line))}</tr>" for line in lines)
     inside = f"<caption>{_t(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody>"
     return f'<div class="scroll"><table>{inside}</table></div>'
@@ -621,9 +615,8 @@ def _label(row: Row, figure: str, detail: str = "", seen: str = "") -> Label:
 
 def _said(items: Sequence[plot.Bar | plot.Ridge | plot.Span]) -> str:
     """The picture in words, for who cannot see it."""
-    return "; ".join(
-        " ".join(filter(None, (i.label.name, i.label.remark, i.label.figure, i.label.detail))) for i in items
-    )
+    labels = (item.label for item in items)
+    return "; ".join(" ".join(filter(None, (it.name, it.remark, it.figure, it.detail))) for it in labels)
 
 
 def _style(key: str) -> str:

@@ -1,19 +1,32 @@
 """
 A manifest and its reports as rows, one per program and report: what the terminal table, the page and the JSON show.
 
-A report is somebody else's text. `clean` is the only way its words reach a screen, `number` the only way its numbers do.
+A report is somebody else's text: its words reach a screen only through `clean`, its numbers through `number`.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from edgeformer_agent.wire import Energy, Entry, Fidelity, Latency, Manifest, Memory, Prediction, Report, Result, dump
-from edgeformer_agent.wire import digest as digest_of
 from rich import box
 from rich.table import Table
 from rich.text import Text
+
+from edgeformer_agent.wire import (
+    Energy,
+    Entry,
+    Fidelity,
+    Latency,
+    Manifest,
+    Memory,
+    Prediction,
+    Report,
+    Result,
+    digest as digest_of,
+    dump,
+)
 
 from .compare import Comparison, best, machine, not_as_predicted
 
@@ -81,7 +94,7 @@ class Row:
     memory: Memory | None
     energy: Energy | None
     fidelity: Fidelity | None
-    fidelity_from: str  # device | build machine
+    fidelity_from: str  # device | emulator | build machine
     passed: bool | None  # the self-check on the device
     selected: bool
     flags: tuple[str, ...]
@@ -104,27 +117,38 @@ def rows(manifest: Manifest, reports: Sequence[Report]) -> list[Row]:
     if not reports:
         return [_row(manifest, entry.name, entry, None, "", None) for entry in manifest.programs]
     entries = {entry.name: entry for entry in manifest.programs}
-    found = []
+    found: list[Row] = []
     for place, report in enumerate(reports):
         results = {result.program: result for result in report.results}
-        for name in dict.fromkeys([*entries, *results, *report.skipped]):
-            found.append(_row(manifest, name, entries.get(name), report, letter(place), results.get(name)))
+        names = dict.fromkeys([*entries, *results, *report.skipped])
+        found += [_row(manifest, name, entries.get(name), report, letter(place), results.get(name)) for name in names]
     return found
 
 
 def table(manifest: Manifest, reports: Sequence[Report]) -> Table:
-    """For a terminal of 100 columns."""
-    heads = ("program", "size MB", "predicted ms", "p50 / p90 / p99 ms", "fidelity", "task (fp32)", "peak MB", "energy")
-    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for head in heads:
-        made.add_column(head, justify="left" if head == "program" else "right", no_wrap=True)
+    """For a terminal of 100 columns: two lines a program, the second is the spread or the reference of the first."""
     found = rows(manifest, reports)
+    metric = next((row.fidelity.metric for row in found if row.fidelity and row.fidelity.metric), None)
+    task = clean(metric, 9) if metric else "task"
+    heads = (
+        "program",
+        "MB",
+        "predicted ms\n(band)",
+        "p50 ms\np90 · p99",
+        "fidelity\nworst row",
+        f"{task}\n(fp32)",
+    )
+    made = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    for head in (*heads, "peak MB\n+grown", "energy"):
+        left = head == "program"
+        made.add_column(head, justify="left" if left else "right", overflow="fold", min_width=17 if left else None)
     for i, row in enumerate(found):
-        if i == 0 or row.report != found[i - 1].report:
+        if i and row.report != found[i - 1].report:
             made.add_section()
-            made.add_row(Text(_source(row, reports), style="bold", overflow="ellipsis"))
         made.add_row(*_cells(row))
-    made.caption = "predicted: modelled, with its band · fidelity: mean, worst below · * fastest that passed"
+    runs = "\n".join(_run(letter(i), report) for i, report in enumerate(reports))
+    made.caption = Text(f"{runs or 'nothing was run'}\npredicted: modelled · * fastest that passed its self-check")
+    made.caption_justify = "left"
     return made
 
 
@@ -141,7 +165,7 @@ def to_json(manifest: Manifest, reports: Sequence[Report], comparisons: Sequence
             "programs": [{key: program[key] for key in programs} for program in said["programs"]],
         },
         "reports": [json.loads(dump(report)) for report in reports],
-        "comparisons": [asdict(comparison) for comparison in comparisons],
+        "comparisons": [_finite(asdict(comparison)) for comparison in comparisons],
     }
     return json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False)
 
@@ -159,7 +183,7 @@ def clean(value: object, longest: int = LONGEST) -> str:
 
 def number(value: float | None, unit: str = "") -> str:
     """Three significant digits, as many as a measurement is worth; whole numbers from 1,000 on."""
-    if value is None:
+    if value is None or value in (math.inf, -math.inf):
         return MISSING
     size = abs(value)
     if isinstance(value, int):
@@ -209,6 +233,15 @@ def facts(found: Mapping[str, Any]) -> dict[str, str]:
     return flat
 
 
+def _finite(fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no infinity; the ratio of an absurd report may be one."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+
+
+def _seen_by(report: Report | None) -> str:
+    return "device" if report and report.kind == "measured" else "emulator"
+
+
 def _listed(item: object) -> str:
     if isinstance(item, list) and len(item) > 1 and all(part == item[0] for part in item):
         return f"{len(item)} × {clean(item[0])}"
@@ -233,7 +266,7 @@ def _row(
         memory=result.memory if result else None,
         energy=result.energy if result else None,
         fidelity=on_device or (entry.checked if entry else None),
-        fidelity_from="device" if on_device else "build machine",
+        fidelity_from=_seen_by(report) if on_device else "build machine",
         passed=result.golden.passed if result else None,
         selected=bool(result and chosen and chosen.program == name),
         flags=result.flags if result else (),
@@ -241,31 +274,33 @@ def _row(
     )
 
 
-def _source(row: Row, reports: Sequence[Report]) -> str:
-    if not row.report:
-        return "not run yet"
-    report = next(r for i, r in enumerate(reports) if letter(i) == row.report)
+def _run(key: str, report: Report) -> str:
     kind = EMULATED if report.kind == "emulated" else clean(report.kind, 12)
-    return f"{row.report}  {clean(row.device, 34)} · {kind} · {clean(report.started, 20)}"
+    return f"{key}: {clean(machine(report), 44)}, {kind}, {clean(report.started, 20)}"
 
 
 def _cells(row: Row) -> list[Text]:
-    dim = "dim" if row.kind != "measured" else ""
-    name = Text(f"{clean(row.program, 18)}{' *' if row.selected else ''}")
-    for flag in row.flags[:4]:
-        name.append(f"\n! {clean(flag, 18)}", style="yellow")
-    if row.passed is False:
-        name.append("\n! self-check failed", style="red")
+    dim = "" if row.measured else "dim"
     latency, memory, fidelity = row.latency, row.memory, row.fidelity
-    times = " / ".join(number(v) for v in (latency.p50_ms, latency.p90_ms, latency.p99_ms)) if latency else MISSING
-    skipped = row.skipped is not None
+    times = f"{number(latency.p50_ms)}\n{number(latency.p90_ms)} · {number(latency.p99_ms)}" if latency else MISSING
     return [
-        name,
+        _name(row),
         Text(number(row.size_mb)),
         Text(band_words(row).replace(" (", "\n(")),
-        Text("not run" if skipped else times + ("\nemulated" if row.kind == "emulated" else ""), style=dim),
+        Text("not run" if row.skipped else times, style=dim),
         Text(f"{share(fidelity.mean)}\n{share(fidelity.worst)}" if fidelity else MISSING),
         Text(f"{share(fidelity.value)}\n({share(fidelity.reference)})" if fidelity and fidelity.metric else MISSING),
         Text(f"{number(memory.peak_rss_mb)}\n+{number(memory.growth_mb)}" if memory else MISSING, style=dim),
         Text(energy_text(row), style=dim),
     ]
+
+
+def _name(row: Row) -> Text:
+    name = Text(f"{row.report} {clean(row.program, 17)}{' *' if row.selected else ''}".lstrip())
+    if row.passed is False:
+        name.append("\n! self-check failed", style="red")
+    for flag in row.flags[:4]:
+        name.append(f"\n! {clean(flag, 17)}", style="yellow")
+    if row.kind == "emulated":
+        name.append("\n  emulated", style="dim")
+    return name

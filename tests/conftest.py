@@ -29,3 +29,12 @@ def board(board_tool: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> I
     """An emulated Raspberry Pi 4 behind sshd, one for all tests: give your files a folder of their own in its home."""
     with board_tool.running(board_tool.cached("raspberry-pi-4"), tmp_path_factory.mktemp("board")) as running:
         yield running
+
+
+@pytest.fixture
+def config_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keys and caches of one test: the developer's own are neither used nor changed."""
+    home = tmp_path / "config"
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return home

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from edgeformer_agent import wire
 
 MODELS = {"raspberry-pi-4": "Raspberry Pi 4 Model B Rev 1.4", "jetson-nano": "NVIDIA Jetson Nano Developer Kit"}

@@ -7,9 +7,9 @@ from typing import Any
 
 import factory
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from edgeformer_agent import wire
 
 from edgeformer import bundle, signing
+from edgeformer_agent import wire
 
 PROGRAM = "programs/onnx-int8/model.onnx"
 CONTENTS = {

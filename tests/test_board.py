@@ -136,16 +136,16 @@ def test_nothing_is_left_after_an_error(board_tool: ModuleType, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_nothing_is_left_after_a_signal(board_tool: ModuleType, number: signal.Signals) -> None:
+def test_nothing_is_left_after_a_signal(board_tool: ModuleType, tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, str(board_tool.__file__), "run", "--seconds", "60"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as run:
         assert run.stdout is not None
-        workdir = next(word for word in run.stdout.readline().split() if "IdentityFile" in word)
-        workdir = workdir.split('"')[1].removesuffix("/client_key")
-        assert _processes(workdir)
+        assert run.stdout.readline().startswith("ssh ")
+        assert _processes(str(tmp_path))
         run.send_signal(number)
-    assert _wait_until(lambda: not _processes(workdir))
-    assert Path(workdir).exists() == (number == signal.SIGKILL)
+    assert _wait_until(lambda: not _processes(str(tmp_path)))
+    assert bool(list(tmp_path.iterdir())) == (number == signal.SIGKILL)  # which leaves no time to remove the folder
 
 
 def test_it_says_what_is_missing(board_tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from edgeformer_agent import power, wire
 
 BOARDS = Path(__file__).parent / "sysfs"
@@ -169,10 +170,25 @@ def test_the_record_says_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_load_from_before_the_call_is_not_taken_for_idle(tmp_path: Path) -> None:
-    board = Board(tmp_path / "power", 1.0, 0.1)
+    board = Board(tmp_path / "power", 1.9, 0.1)
     board.levels = [(-1e3, BUSY), (0.0, IDLE)]  # the latency pass ended this very moment
-    energy, flags = board.measure(sensor_at(board.path, 1.0, 0.1), board.burst(200, 0.0125))
+    energy, flags = board.measure(sensor_at(board.path, 1.9, 0.1), board.burst(200, 0.0125))
     assert energy and energy.idle_w == pytest.approx(IDLE, rel=0.01)
+    assert flags == ()
+
+
+def test_idle_is_taken_on_both_sides(tmp_path: Path) -> None:
+    board = Board(tmp_path / "power", 0.1, 0.05)
+    body = board.burst(200, 0.0125)
+
+    def warm() -> int:
+        runs = body()
+        board.set(1.04 * IDLE)  # the chip leaks more
+        return runs
+
+    energy, flags = board.measure(sensor_at(board.path, 0.1, 0.05), warm)
+    assert energy and energy.idle_w == pytest.approx(1.02 * IDLE, rel=0.002)
+    assert "idle median 2.700 W before and 2.808 W after" in energy.method
     assert flags == ()
 
 
@@ -260,6 +276,13 @@ def test_a_failing_program_stops_the_sampler(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         board.measure(sensor_at(board.path, 0.05, 0.05), broken)
     assert threading.active_count() == before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_sampler_that_dies_does_not_hang_the_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    board = Board(tmp_path / "power", 0.05, 0.05)
+    monkeypatch.setattr(power, "read", lambda _: 1 / 0)
+    assert board.measure(sensor_at(board.path, 0.05, 0.05), board.burst(200, 0.0125)) == (None, ("sensor_lost",))
 
 
 # --- counters

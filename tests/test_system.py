@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
 from edgeformer_agent import power, system
 
 BOARDS = Path(__file__).parent / "sysfs"

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from edgeformer_agent import timing, wire
 
 TICK = 1 / 1024  # binary fractions of a second add up exactly
@@ -191,6 +192,13 @@ def test_drift_is_seen_through_rows_of_different_length(n: int, growth: float, f
 def test_drift_is_no_artefact_of_the_order() -> None:
     ascending = list(range(10, 310))  # the last third is all long rows
     assert "drift" not in timing._doubts(record(noisy(300, ascending, 0.0), ascending), PLAN)
+
+
+def test_drift_is_seen_through_rows_whose_cost_is_not_their_length() -> None:
+    cost = np.random.RandomState(2).permutation(np.geomspace(100, 10000, 100))  # static shapes, early exits
+    samples = np.resize(cost, 400) * (1 + 0.12 * np.arange(400) / 400)
+    assert "drift" in timing._doubts(record(list(samples), [16] * 100), PLAN)
+    assert "drift" not in timing._doubts(record(list(np.resize(cost, 400)), [16] * 100), PLAN)
 
 
 def test_drift_needs_evidence_and_not_only_a_difference() -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import hashlib
 import importlib.util
 import os
@@ -76,6 +77,7 @@ HIDDEN_CALLS = {  # statx, renameat2, execveat, open_tree, move_mount, openat2, 
     "x86_64": (332, 316, 322, 428, 429, 437, 439, 442, 452),
     "aarch64": (291, 276, 281, 428, 429, 437, 439, 442, 452),
 }
+PRCTL = {"x86_64": 157, "aarch64": 167}
 
 
 class BoardError(RuntimeError):
@@ -249,7 +251,7 @@ def cached(identity: str = "raspberry-pi-4") -> Path:
     key = hashlib.sha256("\0".join((Path(__file__).read_text(), *WHEELS, identity)).encode()).hexdigest()[:16]
     root = cache / f"{identity}-{key}"
     cache.mkdir(parents=True, exist_ok=True)
-    with open(f"{root}.lock", "w") as lock:
+    with Path(f"{root}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not root.exists():
             for killed in cache.glob(f"{root.name}.part-*"):  # we hold the lock: nobody is making it
@@ -641,13 +643,16 @@ def _kill(pid: int) -> None:
 
 
 def guard(command: Sequence[str]) -> None:
-    """Become command, without the system calls that proot lets through and with an end when our parent ends."""
-    load_number, jump_if_equal, give = 0x20, 0x15, 0x06
-    allow, no_such_call = 0x7FFF0000, 0x00050000 | 38  # SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO | ENOSYS
-    instructions = [(load_number, 0, 0, 0)]
+    """Become command, without the system calls that proot cannot serve, and with an end when our parent ends."""
+    load, unless_equal_skip, give = 0x20, 0x15, 0x06
+    allow, fail = 0x7FFF0000, 0x00050000  # SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO
+    instructions = [(load, 0, 0, 0)]  # the call's number
     for number in HIDDEN_CALLS[platform.machine()]:
-        instructions += [(jump_if_equal, 0, 1, number), (give, 0, 0, no_such_call)]
-    instructions.append((give, 0, 0, allow))
+        instructions += [(unless_equal_skip, 0, 1, number), (give, 0, 0, fail | errno.ENOSYS)]
+    # sftp-server makes itself untraceable by prctl(PR_SET_DUMPABLE, 0), and a normal user's proot then cannot serve it.
+    # It ends when that call fails, so the call does nothing and says it succeeded (errno 0).
+    instructions += [(unless_equal_skip, 0, 3, PRCTL[platform.machine()]), (load, 0, 0, 16)]  # 16: first argument
+    instructions += [(unless_equal_skip, 0, 1, 4), (give, 0, 0, fail), (give, 0, 0, allow)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in instructions))
     program = ctypes.create_string_buffer(struct.pack("HP", len(instructions), ctypes.addressof(code)))
     prctl = ctypes.CDLL(None, use_errno=True).prctl

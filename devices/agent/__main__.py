@@ -46,7 +46,9 @@ def main(arguments=None):
 
 def _parser():
     # type: () -> argparse.ArgumentParser
-    parser = argparse.ArgumentParser(prog="agent.pyz", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="agent.pyz", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     commands = parser.add_subparsers(dest="name", metavar="COMMAND")
     commands.required = True
     for name, command in (("run", _run), ("verify", _verify), ("measure", _measure)):
@@ -129,7 +131,9 @@ def _require():
         try:
             __import__(package)
         except ImportError:
-            raise Stop(MISSING, "{0} is not installed for {1}. Run: {1} -m pip install {0}".format(package, sys.executable))
+            raise Stop(
+                MISSING, "{0} is not installed for {1}. Run: {1} -m pip install {0}".format(package, sys.executable)
+            )
 
 
 def _chosen(manifest, names):
@@ -210,7 +214,7 @@ def _report(options, manifest, started, results, skipped):
     with open(os.path.join(options.bundle, "manifest.json"), "rb") as file:
         digest = wire.digest(file.read())
     emulated = system.emulation(options.root)
-    passed = [r for r in results if r.golden.passed and r.latency]
+    passed = [(r.latency.p50_ms, r.program) for r in results if r.golden.passed and r.latency]
     custom = options.min_runs is not None or options.min_seconds is not None or options.rows is not None
     report = wire.Report(
         schema=wire.REPORT_SCHEMA,
@@ -226,7 +230,7 @@ def _report(options, manifest, started, results, skipped):
         device=dict(system.facts(options.root), emulation=emulated, no_energy=power.why_not(options.root) or None),
         results=results,
         skipped=skipped,
-        selected=min(passed, key=lambda r: r.latency.p50_ms).program if passed else None,
+        selected=min(passed)[1] if passed else None,
     )
     return report._replace(id=wire.report_id(report))
 

@@ -249,7 +249,7 @@ def _rapl(root):
     for domain in system.under(root, "sys/class/powercap/intel-rapl:[0-9]*"):
         name = system.text(os.path.join(domain, "name")) or ""
         full = system.number(os.path.join(domain, "max_energy_range_uj"))
-        if os.path.basename(domain).count(":") == 1 and name.startswith("package") and full:
+        if name.startswith("package") and full:
             names.append(name)
             groups.append((os.path.join(domain, "energy_uj"),))
             ranges.append(full * 1e-6)

@@ -187,7 +187,8 @@ def _expected(samples, row_lengths):
     if len(set(lengths)) < 2:
         return np.full(len(samples), np.median(samples))
     # Outliers can tilt the line through zero; no row takes less than a fraction of the fastest sample.
-    return np.maximum(np.polyval(np.polyfit(lengths, samples, 1), lengths), samples.min() / 2)
+    line = np.polyval(np.polyfit(lengths, samples, 1), lengths)
+    return np.clip(line, samples.min() / 2, None)
 
 
 def _mann_whitney(a, b):

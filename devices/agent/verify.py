@@ -107,14 +107,26 @@ def _signed(root, keys):
 def read(root, name, most):
     # type: (int, str, int) -> bytes
     """The bytes of one plain file of the folder `root`."""
-    with _refusing(name), os.fdopen(os.open(name, READ, dir_fd=root), "rb") as file:
-        info = os.fstat(file.fileno())
-        if _kind(info) != "file":
-            raise Refused("{}: is a {}, not a plain file".format(name, _kind(info)))
+    with _refusing(name), _plain(root, name) as file:
         data = file.read(most + 1)
         if len(data) > most:
             raise Refused("{}: larger than {} bytes".format(name, most))
         return data
+
+
+@contextlib.contextmanager
+def _plain(folder, name):
+    # type: (int, str) -> Iterator[BinaryIO]
+    """Asks the open file what it is, not whatever has its name by now."""
+    descriptor = os.open(name, READ, dir_fd=folder)
+    try:
+        kind = _kind(os.fstat(descriptor))
+        if kind != "file":
+            raise Refused("{}: is a {}, not a plain file".format(name, kind))
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(descriptor)
 
 
 def _hex(text, size):
@@ -270,12 +282,10 @@ def _kind(info):
 
 def _difference(folder, name, expected):
     # type: (int, str, wire.File) -> Optional[str]
-    with os.fdopen(os.open(name, READ, dir_fd=folder), "rb") as file:
-        info = os.fstat(file.fileno())  # the open file, not whatever has its name by now
-        if _kind(info) != "file":
-            return _kind(info)
-        if info.st_size != expected.size:
-            return "{} bytes instead of {}".format(info.st_size, expected.size)
+    with _plain(folder, name) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != expected.size:
+            return "{} bytes instead of {}".format(size, expected.size)
         sha, left = hashlib.sha256(), expected.size
         while left > 0:
             block = file.read(min(left, 1 << 20))

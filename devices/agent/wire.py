@@ -322,7 +322,11 @@ def decode(kind, schema, data):
     """A document of this schema as the record `kind`. Raises WireError."""
     try:
         body = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_not_finite, parse_float=_finite
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_not_finite,
+            parse_float=_finite,
+            parse_int=_integer,
         )
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise WireError("not a JSON document: {}".format(error))
@@ -355,6 +359,13 @@ def _finite(text):
     # type: (str) -> float
     value = float(text)  # 1e999 is inf
     return value if abs(value) < float("inf") else _not_finite(text)
+
+
+def _integer(text):
+    # type: (str) -> int
+    if len(text) > 20:  # beyond 64 bits; Python before 3.11 takes minutes over a million digits
+        raise WireError("{}... is too large a number".format(text[:20]))
+    return int(text)
 
 
 def _plain(value):

@@ -3,10 +3,10 @@ One module per artifact format. This folder is the registry: `onnx.py` is the fo
 
 A format module has one public name:
 
-    def export(model: Model, device: Device) -> Program
+    def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[Program]
 
-It writes `model.precision` with the quantizer of its own runtime, counts the work on the program it wrote, and imports
-its tool chain at its own top, so a missing one costs only its own users.
+It traces the model once, writes a program for each precision ("fp32", "int8") with its own runtime's quantizer, and
+counts the work on what it wrote. It imports its tool chain at its own top, so a missing one costs only its own users.
 The module in `devices/agent/runners` with the same stem opens what it writes.
 """
 

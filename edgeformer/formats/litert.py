@@ -1,8 +1,9 @@
-"""LiteRT (TFLite) for the ai-edge-litert interpreter: one file, one signature a sequence length, one copy of the weights."""
+"""LiteRT (TFLite) for the ai-edge-litert interpreter: one file, a signature a length, one copy of the weights."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,26 +26,25 @@ GLIBC = "2.34"  # read from the library's symbols; the wheel's tag claims 2.27
 ALIGNMENT = 16  # of every weight in the file, as the interpreter maps it
 
 
-def export(model: Model, device: Device) -> Program:
+def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[Program]:
     """
-    Static shapes, batch 1: a signature `length_N` for each of `model.lengths` (`length_0` where no input has a sequence).
+    Static shapes, batch 1: a signature `length_N` for each of `model.lengths`, `length_0` where there is no sequence.
     Raises ExportError with the converter's own words.
     """
-    data = _fp32(model)
-    if model.precision == "int8":
-        data = _int8(data)
-    packed = _share(data)
-    return Program(
-        format="litert",
-        precision=model.precision,
-        files={"model.tflite": packed},
-        inputs=model.inputs,
-        outputs=(model.output,),
-        lengths=model.lengths,
-        runtime=RUNTIME,
-        needs=wire.Needs(glibc=GLIBC if device.glibc else None),
-        work=_work(packed),
-    )
+    fp32 = _fp32(model)
+    for precision in precisions:
+        packed = _share(_int8(fp32) if precision == "int8" else fp32)
+        yield Program(
+            format="litert",
+            precision=precision,
+            files={"model.tflite": packed},
+            inputs=model.inputs,
+            outputs=(model.output,),
+            lengths=model.lengths,
+            runtime=RUNTIME,
+            needs=wire.Needs(glibc=GLIBC if device.glibc else None),
+            work=_work(packed),
+        )
 
 
 def _fp32(model: Model) -> bytes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from ..program import Program
 OPSET = 20  # the first with Gelu as one operator; ONNX Runtime >= 1.17 opens it
 IR_VERSION = 9  # the exporter's newer one would shut out ONNX Runtime 1.17
 RUNTIME = wire.Runtime("onnxruntime", "1.17", "2")
+GLIBC = "2.28"  # read from the library's symbols
 QUANTIZED = ["MatMul", "Gemm", "Gather"]  # Gather: the embedding tables, half of a small encoder
 PRODUCTS = ("MatMul", "Gemm", "MatMulInteger", "Conv", "ConvInteger")
 DTYPES = {"tensor(int32)": np.int32, "tensor(int64)": np.int64, "tensor(float)": np.float32}
@@ -30,22 +33,22 @@ DTYPES = {"tensor(int32)": np.int32, "tensor(int64)": np.int64, "tensor(float)":
 TRANSLATIONS: dict[Any, Callable[..., Any]] = {}
 
 
-def export(model: Model, device: Device) -> Program:
-    """One file, any batch, any length up to `model.max_length`. Raises ExportError with the exporter's own words."""
-    proto = _fp32(model)
-    if model.precision == "int8":
-        proto = _int8(proto)
-    return Program(
-        format="onnx",
-        precision=model.precision,
-        files={"model.onnx": proto.SerializeToString(deterministic=True)},
-        inputs=model.inputs,
-        outputs=(model.output,),
-        lengths=(),
-        runtime=RUNTIME,
-        needs=wire.Needs(glibc="2.28" if device.glibc else None),
-        work=_work(proto, (1, *model.lengths) if model.lengths else (0,)),
-    )
+def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[Program]:
+    """One file each, any batch, any length up to `model.max_length`. Raises ExportError in the exporter's own words."""
+    fp32 = _fp32(model)
+    for precision in precisions:
+        proto = _int8(fp32) if precision == "int8" else fp32
+        yield Program(
+            format="onnx",
+            precision=precision,
+            files={"model.onnx": proto.SerializeToString(deterministic=True)},
+            inputs=model.inputs,
+            outputs=(model.output,),
+            lengths=(),
+            runtime=RUNTIME,
+            needs=wire.Needs(glibc=GLIBC if device.glibc else None),
+            work=_work(proto, (1, *model.lengths) if model.lengths else (0,)),
+        )
 
 
 def _fp32(model: Model) -> onnx.ModelProto:
@@ -90,9 +93,6 @@ def _strip(proto: onnx.ModelProto) -> None:
 
 def _int8(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Dynamic range, per output channel."""
-    import tempfile
-    from pathlib import Path
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "int8.onnx"
         quantize_dynamic(proto, path, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=QUANTIZED)

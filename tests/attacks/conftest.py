@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
-from edgeformer_agent import verify as agent
 from small_bundle import KEYS, TARGET, small
 
 from edgeformer import bundle, errors
+from edgeformer_agent import verify as agent
 
 
 @pytest.fixture(autouse=True)

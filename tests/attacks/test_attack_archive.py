@@ -2,19 +2,18 @@
 
 import io
 import os
-import shutil
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
-from edgeformer_agent import verify as agent
 from small_bundle import KEYS, PROGRAM, TARGET
 
 from edgeformer import bundle, errors
+from edgeformer_agent import verify as agent
 
 
-def packed(good, change=lambda members: None, form=tarfile.USTAR_FORMAT):
+def packed(good, change=list, form=tarfile.USTAR_FORMAT):
     """The bundle packed by Python's tarfile; `change` edits the list of (TarInfo, bytes)."""
     members = []
     for name in sorted([*agent.verify(good, KEYS).files, "manifest.json", "manifest.sig"]):
@@ -64,7 +63,7 @@ def test_the_good_one(good, tmp_path):
 )
 def test_member_that_is_no_file(good, not_unpacked, kind, word):
     archive = packed(good, lambda members: members.append(member("zz", kind, "/etc/passwd")))
-    not_unpacked(archive, "zz: is a ", word)
+    not_unpacked(archive, "zz", word)
 
 
 def test_link_first_then_a_file_through_it(good, not_unpacked, tmp_path):
@@ -79,7 +78,10 @@ def test_link_first_then_a_file_through_it(good, not_unpacked, tmp_path):
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_long_names_of_other_dialects(good, not_unpacked, form):
     archive = packed(good, lambda members: members.append(member("z" * 120, tarfile.REGTYPE)), form)
-    not_unpacked(archive, "is a pax header" if form == tarfile.PAX_FORMAT else "not a bundle's archive")
+    if form == tarfile.PAX_FORMAT:
+        not_unpacked(archive, "is a pax header")
+    else:  # its magic number is another
+        not_unpacked(archive, "not a bundle's archive", error=errors.BadInput)
 
 
 def test_pax_header_renames_a_file(good, not_unpacked):
@@ -172,12 +174,11 @@ def test_size_beyond_the_archive(good, not_unpacked):
     not_unpacked(archive, "a: the archive is cut off")
 
 
-def test_oversize_bytes(good, not_unpacked, monkeypatch):
+def test_oversize_bytes(good):
     """A sparse archive of a kilobyte on this disk that would fill the device's."""
     archive = good.parent / "attack.tar"
     archive.write_bytes(agent.header("a", 5 << 30))
     os.truncate(archive, (5 << 30) + 3 * agent.BLOCK)
-    monkeypatch.setattr(shutil, "copyfileobj", lambda file, copy, _: os.truncate(copy.fileno(), 0))  # not 5 GiB here
     with pytest.raises(agent.Refused, match=f"a: more than {agent.MAX_BYTES} bytes"):
         agent.unpack(archive, good.parent / "unpacked")
 

@@ -4,10 +4,10 @@ import random
 from pathlib import Path
 
 import pytest
-from edgeformer_agent import verify as agent
 from small_bundle import KEYS, TARGET
 
 from edgeformer import bundle, errors
+from edgeformer_agent import verify as agent
 
 FILES = ["manifest.json", "manifest.sig", "agent.pyz", "cases/golden.npz", "programs/onnx-int8/model.onnx"]
 
@@ -29,7 +29,7 @@ def test_any_bit_of_any_file(good, name):
 def test_every_byte_of_the_signature(good):
     data = (good / "manifest.sig").read_bytes()
     for at in range(len(data)):
-        for other in b" \n\r\t0aA\"":
+        for other in b' \n\r\t0aA"':
             if data[at] != other:
                 (good / "manifest.sig").write_bytes(data[:at] + bytes([other]) + data[at + 1 :])
                 with pytest.raises(agent.Refused):

@@ -1,23 +1,29 @@
 """LiteRT (TFLite), by the ai-edge-litert interpreter with XNNPACK. A row runs at the shortest length that holds it."""
 
 import bisect
+from typing import Any, Callable
 
 import ai_edge_litert
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
+from .. import cases, wire
+
 
 def version():
-    return ai_edge_litert.__version__
+    # type: () -> str
+    return str(ai_edge_litert.__version__)
 
 
 def load(path, entry, threads=1):
+    # type: (str, wire.Entry, int) -> Callable[[cases.Row], Any]
     """The DSA delegate will be passed to the interpreter here (`experimental_delegates`)."""
     interpreter = Interpreter(model_path=path, num_threads=threads)
     lengths = entry.lengths or (0,)
     signatures = {n: interpreter.get_signature_runner("length_{}".format(n)) for n in lengths}
 
     def run(row):
+        # type: (cases.Row) -> Any
         natural = max([array.shape[0] for array in row.values()]) if entry.lengths else 0
         place = bisect.bisect_left(lengths, natural)
         if place == len(lengths):
@@ -32,6 +38,7 @@ def load(path, entry, threads=1):
 
 
 def _padded(array, tensor, length):
+    # type: (Any, wire.Tensor, int) -> Any
     """The row filled up on the right with the input's own padding value."""
     if not length or -1 not in tensor.shape[1:]:
         return array.astype(tensor.dtype, copy=False)

@@ -1,12 +1,19 @@
 """ONNX, by ONNX Runtime on the CPU. Any sequence length: a row runs at its natural one."""
 
+from typing import Any, Callable
+
 import onnxruntime
 
+from .. import cases, wire
+
+
 def version():
-    return onnxruntime.__version__
+    # type: () -> str
+    return str(onnxruntime.__version__)
 
 
 def load(path, entry, threads=1):
+    # type: (str, wire.Entry, int) -> Callable[[cases.Row], Any]
     """The DSA library will be registered on `options` here, before the session is made."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -18,6 +25,7 @@ def load(path, entry, threads=1):
     dtypes = {tensor.name: tensor.dtype for tensor in entry.inputs}
 
     def run(row):
+        # type: (cases.Row) -> Any
         feed = {name: array[None].astype(dtypes[name], copy=False) for name, array in row.items()}
         return session.run(outputs, feed)[0][0]
 

@@ -1,0 +1,5 @@
+"""`python -m edgeformer`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,55 @@
+"""Tiny random configurations of the encoder families; transformers' own modeling code, nothing copied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+TEXT = {
+    "vocab_size": 200,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 66,
+}
+NAMES = ("bert", "distilbert", "roberta", "electra", "mpnet", "modernbert", "vit")
+
+
+def tiny(family: str) -> Any:
+    """Seeded, in eval mode. Heads vary, so that embeddings, classes and images are all met."""
+    import torch
+    import transformers as hf
+
+    torch.manual_seed(0)
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    make = {
+        "bert": lambda: hf.BertModel(hf.BertConfig(**TEXT)),
+        "distilbert": lambda: hf.DistilBertModel(
+            hf.DistilBertConfig(
+                vocab_size=200, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=64
+            )
+        ),
+        "roberta": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**TEXT, num_labels=3)),
+        "electra": lambda: hf.ElectraForSequenceClassification(hf.ElectraConfig(**TEXT, embedding_size=16)),
+        "mpnet": lambda: hf.MPNetModel(hf.MPNetConfig(**TEXT)),
+        "modernbert": lambda: hf.ModernBertModel(hf.ModernBertConfig(**TEXT, local_attention=16, **special)),
+        "vit": lambda: hf.ViTForImageClassification(
+            hf.ViTConfig(
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=64,
+                image_size=32,
+                patch_size=8,
+                num_labels=5,
+            )
+        ),
+    }
+    model = make[family]().eval()
+    # Random weights of the usual size give nearly the same output for every input: spread them, so that a wrong mask,
+    # position or weight shows.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    return model
