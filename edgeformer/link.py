@@ -273,10 +273,10 @@ _FETCH = 'head -c "$2" <"$1"'
 _REMOVE = 'rm -rf -- "$@"'
 # The command runs in the background and a watcher reads the channel's input; its end (we closed, were killed, or the
 # network went) ends the command and what it started: the process group where the server made us one, as sshd does, else
-# the processes below it. The shell itself outlives TERM, and output that nobody reads, so that its exit tells that the
-# command has ended and the watcher goes with it. `read`, unlike cat, is no process that could stay.
+# the processes below it, itself last because its end ends the watcher. The shell outlives TERM, and output that nobody
+# reads, so that its exit tells that the command has ended. `read`, unlike cat, is no process that could stay.
 _RUN = (
-    "t() { echo $1; ps -A -o pid= -o ppid= | while read -r c q; do [ $q = $1 ] && t $c; done; }; "
+    "t() { ps -A -o pid= -o ppid= | while read -r c q; do [ $q = $1 ] && t $c; done; echo $1; }; "
     'exec 3<&0; "$@" 3<&- </dev/null & p=$!; trap "" TERM PIPE; '
     "{ while read -r x; do :; done; g=-$$; kill -TERM $g || { g=$(t $p); kill -TERM $g; }; "
     f"sleep {GRACE_SECONDS}; kill -KILL $g; }} <&3 >/dev/null 2>&1 & w=$!; exec 3<&-; "
@@ -288,7 +288,8 @@ _SHA = re.compile(rb"([0-9a-f]{64}) [ *](\./.+)")
 
 def _command(script: str, values: Sequence[str]) -> str:
     # `exec`: the login shell gives way, so the script leads the process group that the server made.
-    return shlex.join(["exec", "sh", "-c", f"echo {MARK.decode().strip()}; {script}", "sh", *values])
+    # One stream on the device already: SSH does not keep the order of two.
+    return shlex.join(["exec", "sh", "-c", f"exec 2>&1; echo {MARK.decode().strip()}; {script}", "sh", *values])
 
 
 def _check_push(folder: Path, digest: str, files: Mapping[str, wire.File]) -> None:

@@ -196,14 +196,18 @@ def _validity(page: Page) -> str:
         if report.kind != "measured":
             words = ("outputs are true; time, memory and energy are not the device's", "run it on the device itself")
             found.append((Raw(_badge(report.kind)), f"{letter(i)}, every program", *words))
+        elif report.device.get("virtual"):
+            words = (
+                "the cores are shared with somebody unseen",
+                "compare within one run only; quote no figure from it",
+            )
+            found.append((Raw('<b class="flag">⚑ virtual machine</b>'), f"{letter(i)}, every program", *words))
     flagged: dict[str, list[str]] = {}
     for row in page.rows:
-        failed = ("self-check failed",) if row.passed is False else ()
-        for flag in (*failed, *row.flags):
+        for flag in row.flags:
             flagged.setdefault(flag, []).append(f"{row.report} {clean(row.program, 40)}")
     for flag, places in flagged.items():
-        words = SELF_CHECK if flag == "self-check failed" else explained(flag)
-        found.append((Raw(f'<b class="flag">⚑ {_t(flag, 40)}</b>'), ", ".join(places), *words))
+        found.append((Raw(f'<b class="flag">⚑ {_t(flag, 40)}</b>'), ", ".join(places), *explained(flag)))
     if found:
         heads = ("flag", "where", "what it means", "what to do")
         inside = _table("Flags raised by the device, and what they mean for the figures", heads, found)
@@ -212,12 +216,6 @@ def _validity(page: Page) -> str:
         return _section("validity", "Read this first", "<p>Nothing was run: every time below is modelled.</p>", "warn")
     calm = "<p>No flags: clocks, temperatures and supply stayed within bounds, and the runs were long enough.</p>"
     return _section("validity", "Validity", calm, "calm")
-
-
-SELF_CHECK = (
-    "the outputs on the device are not those of the build machine; nothing was measured",
-    "do not ship this program to this device: compare runtime version and instruction set with the bundle's",
-)
 
 
 def _programs(page: Page) -> str:
@@ -461,8 +459,10 @@ def _energies(page: Page) -> str:
             sizes = (number(found.above_idle_mj), number(found.total_mj), number(found.idle_w), number(found.samples))
             lines.append((row.program, row.report, *sizes, found.source, found.method))
     if not lines:
-        known = f"{NO_SENSOR}: no figure is stated" if page.timed("measured") else "not measured"
-        return f'<p class="note">{known.capitalize()}.</p>'
+        if not page.timed("measured"):
+            return '<p class="note">Not measured.</p>'
+        reasons = [(letter(i), r.device.get("no_energy") or NO_SENSOR) for i, r in enumerate(page.reports)]
+        return "".join(f'<p class="note">{key}: no figure is stated; {_t(reason, 400)}.</p>' for key, reason in reasons)
     heads = ("program", "run", ">above idle mJ", ">total mJ", ">idle W", ">samples", "sensor", "method")
     return _table("Energy per inference, integrated from one sensor over a burst", heads, lines)
 

@@ -31,6 +31,7 @@ from edgeformer_agent.wire import (
 from .compare import Comparison, best, machine, not_as_predicted
 
 SCHEMA = "edgeformer.summary/1"
+FAILED = "self_check_failed"
 MISSING = "—"
 NO_SENSOR = "no sensor"
 EMULATED = "emulated: timing says nothing"
@@ -40,6 +41,10 @@ MOST_FACTS = 60  # of one dictionary taken over from a report
 
 # flag: (what happened, what to do)
 FLAGS: Mapping[str, tuple[str, str]] = {
+    FAILED: (
+        "the outputs on the device are not those of the build machine; nothing was measured",
+        "do not ship this program to this device: compare its runtime and instruction set with the bundle's",
+    ),
     "throttled": ("the chip was slowed down during the run", "cool the device (fan, pause, open case) and run again"),
     "undervolted": (
         "the supply voltage fell too low, so the chip slows down",
@@ -68,6 +73,24 @@ FLAGS: Mapping[str, tuple[str, str]] = {
         "a battery device was connected to power",
         "its energy figure is invalid: unplug, use adb over Wi-Fi",
     ),
+    "evaluation_partial": (
+        "fidelity and task were judged on a part of the evaluation rows",
+        "run without a limit on rows before quoting them",
+    ),
+    "sensor_lost": ("the power sensor fell silent, so no energy is stated", "look at its wiring or charger, run again"),
+    "sensor_gaps": ("the power sensor answered too rarely, so no energy is stated", "end other work and run again"),
+    "energy_too_short": (
+        "the burst was shorter than an energy figure needs (200 runs and 2 s)",
+        "measure with the default profile",
+    ),
+    "idle_moved": (
+        "idle power before and after the burst differ",
+        "the energy above idle is uncertain: end other work, let the device settle, run again",
+    ),
+    "no_load_seen": (
+        "power under load was not above idle",
+        "the sensor does not see this device's supply, or its average is too slow: void the energy figure",
+    ),
     "not_replicated": ("five tries differ by more than 5 %", "do not quote the figure; find what else runs"),
     "accuracy_below_target": (
         "the task's metric is below the reference by more than the gate allows",
@@ -95,7 +118,6 @@ class Row:
     energy: Energy | None
     fidelity: Fidelity | None
     fidelity_from: str  # device | emulator | build machine
-    passed: bool | None  # the self-check on the device
     selected: bool
     flags: tuple[str, ...]
     skipped: str | None  # why it was not run
@@ -238,6 +260,11 @@ def _finite(fields: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
 
 
+def _flags(result: Result) -> tuple[str, ...]:
+    failed = () if result.golden.passed or FAILED in result.flags else (FAILED,)
+    return (*failed, *result.flags)
+
+
 def _seen_by(report: Report | None) -> str:
     return "device" if report and report.kind == "measured" else "emulator"
 
@@ -267,9 +294,8 @@ def _row(
         energy=result.energy if result else None,
         fidelity=on_device or (entry.checked if entry else None),
         fidelity_from=_seen_by(report) if on_device else "build machine",
-        passed=result.golden.passed if result else None,
         selected=bool(result and chosen and chosen.program == name),
-        flags=result.flags if result else (),
+        flags=_flags(result) if result else (),
         skipped=report.skipped.get(name, "not in this report") if report and not result else None,
     )
 
@@ -297,10 +323,8 @@ def _cells(row: Row) -> list[Text]:
 
 def _name(row: Row) -> Text:
     name = Text(f"{row.report} {clean(row.program, 17)}{' *' if row.selected else ''}".lstrip())
-    if row.passed is False:
-        name.append("\n! self-check failed", style="red")
-    for flag in row.flags[:4]:
-        name.append(f"\n! {clean(flag, 17)}", style="yellow")
+    for flag in row.flags[:5]:
+        name.append(f"\n! {clean(flag, 17)}", style="red" if flag == FAILED else "yellow")
     if row.kind == "emulated":
         name.append("\n  emulated", style="dim")
     return name

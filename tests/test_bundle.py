@@ -605,9 +605,16 @@ def test_memory_survives_a_failed_write(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_agents_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import small_bundle; from edgeformer_agent import verify\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); import small_bundle\n"
+        "from edgeformer_agent import verify; input()\n"
         "for i in range(20): verify.remember(sys.argv[2], small_bundle.manifest(name=sys.argv[3] + str(i)), 'key')"
     )
     commands = [[sys.executable, "-c", code, HERE, str(tmp_path), name] for name in "ab"]
-    assert [process.wait() for process in [subprocess.Popen(command) for command in commands]] == [0, 0]
+    running = [subprocess.Popen(command, stdin=subprocess.PIPE) for command in commands]
+    time.sleep(0.5)  # both have imported; now both write
+    for process in running:
+        assert process.stdin
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+    assert [process.wait() for process in running] == [0, 0]
     assert [agent.highest(tmp_path, f"{n}{i}", "key") for n in "ab" for i in range(20)] == [3] * 40

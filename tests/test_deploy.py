@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -340,10 +339,8 @@ def test_a_signal_ends_the_agent_and_removes_the_temporary_home(
         assert host.stdout
         pid = next(int(line.split()[1]) for line in host.stdout if line.startswith("pid"))
         assert list((tmp_path / "temporary").iterdir())
-        started = time.monotonic()
         host.send_signal(number)
         host.wait(20)
-    assert time.monotonic() - started < 5
     assert host.returncode == (143 if number is signal.SIGTERM else -signal.SIGINT)
     assert ends(pid)
     assert not list((tmp_path / "temporary").iterdir())

@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from factory import PROGRAMS, Timing, energy, entry, fidelity, latency, manifest, prediction, report, result, signed
 from rich.console import Console
@@ -203,13 +204,21 @@ def test_without_reports_everything_is_modelled() -> None:
 def test_no_sensor_is_said_not_filled_in() -> None:
     tree = Tree(to_html(manifest(), [report()]))
     assert tree.line("onnx-int8", "A")[-2:] == ["no sensor", "none"]
-    assert "No sensor: no figure is stated." in tree.text
+    assert "A: no figure is stated; no sensor." in tree.text
+    told = report(device={"model": "Pi", "no_energy": "no power sensor: no INA2xx meter"})
+    assert "A: no figure is stated; no power sensor: no INA2xx meter." in Tree(to_html(manifest(), [told])).text
+
+
+def test_a_virtual_machine_is_named() -> None:
+    page = Tree(to_html(manifest(), [report(device={"model": "QEMU Standard PC", "virtual": "hypervisor"})]))
+    assert page.line("⚑ virtual machine")[1] == "A, every program"
 
 
 def test_flags_are_explained_with_a_remedy() -> None:
     page = Tree(to_html(manifest(), [flagged(report(), *FLAGS, "made_up")]))
     for flag, (what, remedy) in FLAGS.items():
         assert page.line(f"⚑ {flag}")[2:] == [what, remedy]
+        assert max(map(len, (what, remedy))) < 120
     assert "no explanation" in page.line("⚑ made_up")[2]
     assert "No flags" in to_html(manifest(), [report()])
 
@@ -218,7 +227,7 @@ def test_a_failed_self_check_leads_the_page() -> None:
     seen = report()
     failed = seen.results[0]._replace(golden=wire.Golden(4, 0.3, 0.99, False), latency=None, fidelity=None)
     tree = Tree(to_html(manifest(), [signed(seen._replace(results=(failed, *seen.results[1:])))]))
-    assert tree.line("⚑ self-check failed")[1] == "A onnx-fp32"
+    assert tree.line("⚑ self_check_failed")[1] == "A onnx-fp32"
 
 
 def test_skipped_programs_say_why() -> None:

@@ -159,6 +159,18 @@ def test_symbolic_link_in_the_manifests_place(good, refused, tmp_path, name):
     (good / name).rename(tmp_path / "elsewhere")
     (good / name).symlink_to(tmp_path / "elsewhere")
     refused(good, name)
+    with pytest.raises(agent.Refused, match=name):
+        agent.signed(good, KEYS)
+
+
+def test_file_that_becomes_a_link_between_look_and_opening(good, refused, tmp_path, monkeypatch):
+    """What `stat` said about the name is asked again of what was opened."""
+    seen = (good / PROGRAM).stat()
+    (good / PROGRAM).rename(tmp_path / "elsewhere")
+    (good / PROGRAM).symlink_to(tmp_path / "elsewhere")
+    kind = agent._kind
+    monkeypatch.setattr(agent, "_kind", lambda info: kind(seen if info.st_mode & 0o170000 == 0o120000 else info))
+    refused(good, "model.onnx")
 
 
 def test_symbolic_link_to_a_folder(good, refused, tmp_path):
