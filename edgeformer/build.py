@@ -161,6 +161,7 @@ def _checked(
     """Opens the program with the device's runner, holds it against the gate, and predicts the device."""
     from . import check
 
+    _fits(program, device)
     path = f"programs/{program.name}/{program.entry}"
     blank = wire.Fidelity("", 0, 0, 0, 0)
     entry = wire.Entry(
@@ -186,6 +187,16 @@ def _checked(
     tokens = [cases.length(row) for row in rows.rows]
     predicted = predict.predict(program.work, program.lengths, tokens, device, accuracy=found.value)
     return _Built(program, entry._replace(checked=found, predicted=predicted), outputs)
+
+
+def _fits(program: Program, device: devices.Device) -> None:
+    """The floor of the device's system must carry the runtime; a loader's own message would come too late."""
+    floor, needed = device.glibc, program.needs.glibc
+    if floor and needed and [int(n) for n in floor.split(".")] < [int(n) for n in needed.split(".")]:
+        raise BadInput(
+            f"{program.format} on {device.name}: {program.runtime.package} needs glibc {needed}, and its system has "
+            f"{floor} ({device.os}); choose another format with formats=[...]"
+        )
 
 
 def _manifest(

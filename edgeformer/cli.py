@@ -374,7 +374,7 @@ def targets(
 
 @app.command()
 def doctor(context: typer.Context, as_json: Json = False) -> None:
-    """Say what is installed here, what works with it, and the line that adds the rest; exit code 3 if nothing builds."""
+    """Say what is installed here, what works with it, and the line that adds the rest; exit 3 if nothing builds."""
     from .doctor import examine
 
     screen: Screen = context.obj
@@ -399,9 +399,8 @@ def keys_list(context: typer.Context, as_json: Json = False) -> None:
     screen: Screen = context.obj
     own, trusted = signing.names(), signing.trusted()
     if as_json:
-        return _document(
-            screen, json.dumps([{"name": n, "public": k, "own": n in own} for n, k in trusted.items()], indent=1)
-        )
+        _document(screen, json.dumps([{"name": n, "public": k, "own": n in own} for n, k in trusted.items()], indent=1))
+        return
     table = Table("name", "", "public key", box=None)
     for n, k in trusted.items():
         table.add_row(n, "signs" if n in own else "trusted", k)

@@ -179,8 +179,9 @@ def ticks(low: float, high: float, count: int = 6, logarithmic: bool = False) ->
         steps = (1, 2, 5) if last - first <= 4 else (1,)
         found = [step * 10.0**power for power in range(first, last, max((last - first) // 6, 1)) for step in steps]
         inside = [value for value in found if low <= value <= high]
-        if len(inside) >= 2:
+        if len(inside) >= 3:
             return inside
+        count = 8
     step = _step((high - low) / count)
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]

@@ -191,26 +191,21 @@ def _ends(band: tuple[float, float, float]) -> str:
 
 
 def _validity(page: Page) -> str:
-    found: list[tuple[Cell, ...]] = []
-    for i, report in enumerate(page.reports):
-        if report.kind != "measured":
-            words = ("outputs are true; time, memory and energy are not the device's", "run it on the device itself")
-            found.append((Raw(_badge(report.kind)), f"{letter(i)}, every program", *words))
-        elif report.device.get("virtual"):
-            words = (
-                "the cores are shared with somebody unseen",
-                "compare within one run only; quote no figure from it",
-            )
-            found.append((Raw('<b class="flag">⚑ virtual machine</b>'), f"{letter(i)}, every program", *words))
     flagged: dict[str, list[str]] = {}
+    for i, report in enumerate(page.reports):
+        doubt = "emulated" if report.kind != "measured" else "virtual_machine" if report.device.get("virtual") else ""
+        if doubt:
+            flagged.setdefault(doubt, []).append(f"{letter(i)}, every program")
     for row in page.rows:
         for flag in row.flags:
             flagged.setdefault(flag, []).append(f"{row.report} {clean(row.program, 40)}")
-    for flag, places in flagged.items():
-        found.append((Raw(f'<b class="flag">⚑ {_t(flag, 40)}</b>'), ", ".join(places), *explained(flag)))
-    if found:
+    if flagged:
+        lines = [
+            (Raw(f'<b class="flag">⚑ {_t(flag, 40)}</b>'), "; ".join(places), *explained(flag))
+            for flag, places in flagged.items()
+        ]
         heads = ("flag", "where", "what it means", "what to do")
-        inside = _table("Flags raised by the device, and what they mean for the figures", heads, found)
+        inside = _table("Flags raised by the device, and what they mean for the figures", heads, lines)
         return _section("validity", "Read this first", inside, "warn")
     if not page.timed("measured"):
         return _section("validity", "Read this first", "<p>Nothing was run: every time below is modelled.</p>", "warn")

@@ -45,6 +45,14 @@ FLAGS: Mapping[str, tuple[str, str]] = {
         "the outputs on the device are not those of the build machine; nothing was measured",
         "do not ship this program to this device: compare its runtime and instruction set with the bundle's",
     ),
+    "emulated": (
+        "run on an emulator: outputs are true; time, memory and energy are not the device's",
+        "run it on the device itself",
+    ),
+    "virtual_machine": (
+        "the cores are shared with somebody unseen",
+        "compare programs within one run; quote no figure from it",
+    ),
     "throttled": ("the chip was slowed down during the run", "cool the device (fan, pause, open case) and run again"),
     "undervolted": (
         "the supply voltage fell too low, so the chip slows down",

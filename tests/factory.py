@@ -87,6 +87,7 @@ class Timing:
     slope_ms: float = 0.9
     noise: float = 0.04
     stalls: float = 0.01
+    wander: float = 0.0  # share by which the whole machine gets slower and faster, over some hundred samples
     lengths: tuple[int, ...] = field(default=())
 
 
@@ -97,6 +98,11 @@ def latency(name: str = "onnx-fp32", timing: Timing = Timing()) -> wire.Latency:
     ms = (timing.base_ms + timing.slope_ms * tokens) * SPEED.get(name, 0.8) * timing.scale
     ms *= np.exp(random.normal(0, timing.noise, timing.samples))
     ms *= np.where(random.random(timing.samples) < timing.stalls, 1.8, 1.0)
+    if timing.wander:
+        steps = random.normal(0, timing.wander * np.sqrt(1 - 0.99**2), timing.samples)
+        steps[0] = random.normal(0, timing.wander)
+        level = 0.0
+        ms *= np.exp([level := 0.99 * level + step for step in steps])
     whole = np.maximum(np.round(ms * 1000), 1)
     p50, p90, p95, p99 = (float(p) / 1000 for p in np.percentile(whole, [50, 90, 95, 99]))
     return wire.Latency(

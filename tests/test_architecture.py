@@ -159,7 +159,7 @@ def public_functions_take_no_open_keywords(root: Path) -> Iterator[str]:
 
 
 def functions_stay_short(root: Path) -> Iterator[str]:
-    """Nobody reads a function that does not fit the screen. Command signatures are their documentation and do not count."""
+    """Nobody reads a function that does not fit the screen. Signatures do not count."""
     for path in (*sources(root, "edgeformer"), *sources(root, "devices/agent"), *sources(root, "tools")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):

@@ -40,13 +40,13 @@ def test_a_known_shift_is_found(scale: float, verdict: str) -> None:
     assert found.low is not None and found.high is not None and found.low < scale < found.high
     assert found.high - found.low < 0.05
     assert found.n_baseline == found.n_candidate == 1024
-    assert "paired by row: median of 128 per-row ratios" in found.notes
+    assert found.notes[0].startswith("paired by row: median of 128 per-row ratios")
 
 
 def test_other_rows_are_not_paired() -> None:
     faster = Timing(seed=2, scale=0.7, lengths=latency().row_lengths[::-1])
     found = one(compare(report(timing=Timing(seed=1)), report(timing=faster)))
-    assert found.verdict == "faster" and found.notes[0] == "unpaired ratio of medians: the row lengths differ"
+    assert found.verdict == "faster" and found.notes[0].startswith("unpaired ratio of medians: the row")
     assert found.ratio == pytest.approx(found.candidate / found.baseline)
 
 
@@ -75,6 +75,18 @@ def test_noise_is_called_noise(rows: int) -> None:
     assert verdicts.count("noise") >= 0.93 * len(verdicts)
 
 
+def test_a_machine_that_wanders_is_not_a_difference() -> None:
+    """Its samples, taken as independent, differ in most pairs of runs."""
+    runs = [latency(timing=Timing(seed=seed, wander=0.04)) for seed in range(400)]
+    found = [latency_ratio(a, b) for a, b in zip(runs[::2], runs[1::2], strict=True)]
+    noise = [e.low <= 1 <= e.high or e.p_value > 0.05 or abs(e.ratio - 1) < 0.02 for e in found]
+    assert sum(noise) >= 0.88 * len(found)
+    assert sum("widened" in e.how for e in found) > 0.9 * len(found)
+    slower = [latency(timing=Timing(seed=seed, wander=0.04, scale=1.3)) for seed in range(900, 920)]
+    shifted = [latency_ratio(a, b) for a, b in zip(runs, slower, strict=False)]
+    assert all(e.low > 1 and e.p_value < 0.05 for e in shifted)
+
+
 @pytest.mark.parametrize("rows", [128, 8])
 def test_intervals_cover_the_truth(rows: int) -> None:
     """95 % intervals and p-values, without the 2 % floor's help: true ratio 1.1, and 1.0 for the p-values."""
@@ -87,8 +99,8 @@ def test_intervals_cover_the_truth(rows: int) -> None:
         estimate = latency_ratio(a, b)
         covered += estimate.low <= 1.1 <= estimate.high
         rejected += latency_ratio(a, c).p_value < 0.05
-    assert 180 <= covered <= 199, covered
-    assert rejected <= 20, rejected  # unpaired, rows that differ make it cautious
+    assert covered >= 182, covered
+    assert rejected <= 16, rejected
 
 
 def test_the_same_input_gives_the_same_answer() -> None:

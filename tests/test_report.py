@@ -165,6 +165,7 @@ def test_ticks_are_round() -> None:
     assert ticks(0, 80) == [0, 20, 40, 60, 80]
     assert ticks(0.95, 1, 5) == [0.95, 0.96, 0.97, 0.98, 0.99, 1.0]
     assert ticks(3, 60, logarithmic=True) == [5, 10, 20, 50]
+    assert ticks(0.55, 1.8, logarithmic=True) == [0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8]
     assert ticks(2, 2) == [2] and ticks(0.88, 1.13, logarithmic=True) == [0.9, 0.95, 1.0, 1.05, 1.1]
 
 
@@ -211,7 +212,7 @@ def test_no_sensor_is_said_not_filled_in() -> None:
 
 def test_a_virtual_machine_is_named() -> None:
     page = Tree(to_html(manifest(), [report(device={"model": "QEMU Standard PC", "virtual": "hypervisor"})]))
-    assert page.line("⚑ virtual machine")[1] == "A, every program"
+    assert page.line("⚑ virtual_machine")[1] == "A, every program"
 
 
 def test_flags_are_explained_with_a_remedy() -> None:

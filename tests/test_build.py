@@ -1,0 +1,154 @@
+"""build(): what it refuses, what it records, that it repeats itself to the byte, and that a kill leaves no half."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("onnxruntime")
+
+import edgeformer as ef  # noqa: E402
+from edgeformer.errors import BadInput, FormatNotYet, GateFailed, UnknownFormat, UnknownTarget  # noqa: E402
+
+
+class Scorer(torch.nn.Module):  # type: ignore[misc, name-defined]
+    """The smallest thing with a weight and a sequence of fixed length."""
+
+    def __init__(self, spread: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = torch.nn.Linear(16, 32)
+        self.outer = torch.nn.Linear(32, 8)
+        with torch.no_grad():  # one huge weight a column ruins an int8 scale of the whole input
+            self.inner.weight[:, 0] *= spread
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outer(torch.nn.functional.gelu(self.inner(x)))
+
+
+def build(out: Path, module: torch.nn.Module | None = None, **options: object) -> ef.Bundle:
+    arguments = {"formats": ["onnx"], "name": "scorer", "example": (torch.zeros(1, 16),), "out": out} | options
+    return ef.build(module or Scorer(), "raspberry-pi-4", **arguments)  # type: ignore[arg-type]
+
+
+def test_the_manifest_says_what_was_built(tmp_path: Path, config_home: Path) -> None:
+    bundle = build(tmp_path, precision=("fp32", "int8"))
+    bundle.verify()
+    manifest = bundle.manifest
+    assert (manifest.name, manifest.target, manifest.gate.loosened) == ("scorer", "raspberry-pi-4", False)
+    assert [entry.name for entry in manifest.programs] == ["onnx-fp32", "onnx-int8"]
+    fp32, int8 = manifest.programs
+    assert fp32.checked.max_abs < 1e-5 < int8.checked.max_abs
+    assert fp32.work[0].flops == 2 * (16 * 32 + 32 * 8) and fp32.work[0].int8_ops == 0
+    assert int8.work[0].flops == 0 and int8.work[0].int8_ops == fp32.work[0].flops
+    assert fp32.predicted.kind == "modelled" and fp32.predicted.device == "raspberry-pi-4"
+    assert fp32.predicted.metrics.latency_ms is not None and fp32.predicted.low < 1 < fp32.predicted.high
+    assert [step.name for step in manifest.history] == ["load", "export.onnx", "export.onnx"]
+    assert fp32.size_bytes == manifest.files[fp32.path].size
+    assert str(tmp_path) not in (bundle.path / "manifest.json").read_text()
+
+
+def test_the_same_inputs_give_the_same_bytes(tmp_path: Path, config_home: Path) -> None:
+    first, second = (build(tmp_path / name) for name in ("a", "b"))
+    assert first.archive.read_bytes() == second.archive.read_bytes()
+
+
+def test_the_version_rises_with_a_change_and_only_then(tmp_path: Path, config_home: Path) -> None:
+    first = build(tmp_path)
+    assert build(tmp_path, overwrite=True).digest == first.digest
+    changed = build(tmp_path, Scorer(2.0), overwrite=True)
+    assert changed.manifest.version == first.manifest.version + 1
+
+
+def test_a_gate_refuses_and_says_both_numbers(tmp_path: Path, config_home: Path) -> None:
+    with pytest.raises(GateFailed, match=r"onnx-int8: mean cosine with fp32 0\.\d{4} .* below the gate 1\.0000"):
+        build(tmp_path, gate=1.0)
+    assert not list(tmp_path.glob("scorer*"))
+    loose = build(tmp_path, gate=0.5)
+    assert loose.manifest.gate.loosened and loose.manifest.gate.cosine == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"formats": ["onxx"]}, UnknownFormat, "onnx"),
+        ({"formats": ["coreml"]}, BadInput, "does not run coreml"),
+        ({"formats": []}, BadInput, "at least one format"),
+        ({"precision": "int4"}, BadInput, "int8, fp32"),
+        ({"expires": "2001-01-01"}, BadInput, "in the past"),
+        ({"expires": "next year"}, BadInput, "YYYY-MM-DD"),
+        ({"gate": 1.5}, BadInput, "from 0 to 1"),
+        ({"data": "nowhere.txt"}, BadInput, "nowhere.txt"),
+        ({"example": None}, BadInput, "example"),
+    ],
+)
+def test_wrong_use_is_told_and_leaves_nothing(
+    options: dict[str, object], error: type[Exception], says: str, tmp_path: Path, config_home: Path
+) -> None:
+    with pytest.raises(error, match=says):
+        build(tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_and_later_targets() -> None:
+    with pytest.raises(UnknownTarget, match="'raspberry-pi-4'"):
+        ef.build("x", "raspberry-pi4")
+    with pytest.raises(FormatNotYet, match="coreml"):
+        ef.build("x", "iphone-13")
+
+
+def test_a_system_too_old_for_the_runtime_is_refused(tmp_path: Path, config_home: Path) -> None:
+    with pytest.raises(BadInput, match=r"glibc 2\.28.*2\.27"):
+        ef.build(Scorer(), "jetson-nano", formats=["onnx"], example=(torch.zeros(1, 16),), out=tmp_path)
+
+
+def test_an_existing_bundle_is_kept(tmp_path: Path, config_home: Path) -> None:
+    digest = build(tmp_path).digest
+    with pytest.raises(ef.EdgeformerError, match="--overwrite"):
+        build(tmp_path, Scorer(2.0))
+    assert ef.open_bundle(tmp_path / "scorer-raspberry-pi-4").digest == digest
+
+
+@pytest.mark.slow
+def test_a_killed_build_leaves_the_old_bundle_or_the_new_one(tmp_path: Path, config_home: Path) -> None:
+    """SIGKILL at random moments of a build that replaces a bundle, with more of them near its end."""
+    old = build(tmp_path).digest
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[2]); import test_build, pathlib\n"
+        "print('go', flush=True)\n"
+        "test_build.build(pathlib.Path(sys.argv[1]), test_build.Scorer(2.0), overwrite=True, version=30000000)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)]
+    started = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True, env=dict(os.environ))
+    whole = time.monotonic() - started
+    new = ef.open_bundle(tmp_path / "scorer-raspberry-pi-4").digest
+    build(tmp_path, overwrite=True, version=30000001)
+    seen = set()
+    draw = random.Random(0)
+    for _ in range(5):
+        victim = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
+        time.sleep(whole * draw.uniform(0.6, 1.0))
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+        bundle = ef.open_bundle(tmp_path / "scorer-raspberry-pi-4")
+        bundle.verify()
+        ef.open_bundle(bundle.archive).verify()
+        seen.add(bundle.digest)
+    assert old != new and len(seen) <= 2
+
+
+def test_progress_ends_every_step(tmp_path: Path, config_home: Path) -> None:
+    seen: dict[str, tuple[int, int]] = {}
+    build(tmp_path, progress=lambda what, done, total: seen.update({what: (done, total)}))
+    assert seen["package and sign"] == (1, 1) and seen["check onnx-int8"][0] == 32
+    assert all(done == total for done, total in seen.values()), json.dumps(seen)
