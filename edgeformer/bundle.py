@@ -46,6 +46,14 @@ class Bundle:
         return wire.digest(_manifest(self.path))
 
     @property
+    def signer(self) -> str:
+        """The public key that signed it, hex. `verify` says whether that is true and the key trusted."""
+        mark: wire.Signature = wire.decode(
+            wire.Signature, wire.SIGNATURE_SCHEMA, (self.path / agent.SIGNATURE).read_bytes()
+        )
+        return mark.key
+
+    @property
     def archive(self) -> Path:
         return _archive(self.path)
 

@@ -47,7 +47,10 @@ def reference(model: Model, rows: Sequence[Row], progress: Callable[[int], None]
 def run(
     program: Program, entry: wire.Entry, rows: Sequence[Row], progress: Callable[[int], None]
 ) -> tuple[np.ndarray, ...]:
-    """The program's output for every row, by the runner that devices use. Raises ExportError where it fails."""
+    """
+    The program's output for every row, by the runner that devices use. Raises ExportError where it fails, GateFailed
+    where a value is not finite: no mean over the other rows may hide it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         for name, content in program.files.items():
             (Path(folder) / name).write_bytes(content)
@@ -61,22 +64,30 @@ def run(
             raise ExportError(
                 f"{program.name} does not run in its own runtime: {type(error).__name__}: {error}"
             ) from error
+    if bad := [i for i, output in enumerate(outputs) if not np.isfinite(output).all()]:
+        raise GateFailed(
+            f"{program.name}: {len(bad)} of {len(outputs)} rows give NaN or infinity, the first is row {bad[0]}; "
+            "nothing was packaged. Use another precision"
+        )
     return tuple(outputs)
 
 
 def hold(name: str, found: wire.Fidelity, limit: wire.Gate) -> None:
     """Raises GateFailed with the program, both numbers and by how much it fails."""
     if found.value is not None and found.reference is not None:
-        what, got, least = f"{found.metric}", found.value, limit.metric_ratio * found.reference
+        # A share of what fp32 has may be lost; of a negative correlation too, where a plain product would ask for more.
+        size = abs(found.reference)
+        what, got, least = f"{found.metric}", found.value, found.reference - (1 - limit.metric_ratio) * size
         of = f"{limit.metric_ratio:.2%} of fp32's {found.reference:.4f}"
-        share = found.value / found.reference if found.reference > 0 else 0.0
+        share = 1 - (found.reference - found.value) / size if size else 0.0
     else:
         what, got, least = f"mean {found.measure} with fp32", found.mean, float(getattr(limit, found.measure))
         of, share = f"the worst row has {found.worst:.4f}", found.mean
     if not got >= least:  # NaN fails too
+        loosen = f", or loosen the gate on purpose: gate={_below(share)}" if share > 0 else ""
         raise GateFailed(
             f"{name}: {what} {got:.4f} on {found.rows} rows is below the gate {least:.4f} ({of}) by {least - got:.4f}; "
-            f"nothing was packaged. Use another precision, or loosen the gate on purpose: gate={_below(share)}"
+            f"nothing was packaged. Use another precision{loosen}"
         )
 
 
@@ -88,4 +99,4 @@ def fidelity(
 
 def _below(value: float) -> float:
     """Rounded down to three places: a gate that would just let it through."""
-    return max(0.0, int(value * 1000) / 1000) if np.isfinite(value) else 0.0
+    return int(value * 1000) / 1000

@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from .errors import BadInput, EdgeformerError
 
@@ -483,7 +484,7 @@ def _show(screen: Screen, bundle: Any, reports: list[Any], found: list[Any], htm
     from .summary import table, to_json
 
     if html:
-        _save(html, to_html(bundle.manifest, reports, found).encode())
+        _save(html, to_html(bundle.manifest, reports, found, bundle.signer).encode())
         screen.err.print(f"page: {html}", markup=False, soft_wrap=True)
     if as_json:
         _document(screen, to_json(bundle.manifest, reports, found))
@@ -492,16 +493,16 @@ def _show(screen: Screen, bundle: Any, reports: list[Any], found: list[Any], htm
 
 
 def _comparisons(found: Any) -> Table:
-    from .summary import number
+    from .summary import clean, number
 
     made = Table("program", "metric", "baseline", "candidate", "ratio", "95 %", "p", "verdict", box=None)
     for c in found:
         span = "" if c.low is None else f"{number(c.low)}–{number(c.high)}"
         p = "" if c.p_value is None else f"{c.p_value:.3f}"
         cells = (c.program, c.metric, number(c.baseline), number(c.candidate), number(c.ratio), span, p, c.verdict)
-        made.add_row(*cells)
+        made.add_row(*(Text(clean(cell)) for cell in cells))  # a report is somebody else's text
         for note in c.notes[:1]:
-            made.add_row("", f"[dim]{note}[/]")
+            made.add_row("", Text(clean(note), style="dim"))
     return made
 
 

@@ -341,12 +341,10 @@ def _closeness(name: str, x: Fidelity, y: Fidelity, notes: Notes) -> list[Compar
     if x.measure != y.measure:
         reason = f"measures differ: {x.measure} / {y.measure}"
         return [_unjudged("fidelity", name, (x.mean, y.mean), counts, (reason, *notes))]
+    worst = _similarity("fidelity_worst", name, (x.worst, y.worst), counts, 10 * FIDELITY_NOISE, notes)
     if x.measure == "agreement":
-        return [_shares("fidelity", name, (x.mean, y.mean), counts, notes)]
-    return [
-        _similarity("fidelity", name, (x.mean, y.mean), counts, FIDELITY_NOISE, notes),
-        _similarity("fidelity_worst", name, (x.worst, y.worst), counts, 10 * FIDELITY_NOISE, notes),
-    ]
+        return [_shares("fidelity", name, (x.mean, y.mean), counts, notes), worst]
+    return [_similarity("fidelity", name, (x.mean, y.mean), counts, FIDELITY_NOISE, notes), worst]
 
 
 def _similarity(metric: str, name: str, values: Pair, counts: Counts, floor: float, notes: Notes) -> Comparison:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -51,11 +53,15 @@ def load(model: Model, data: str | Path | Sequence[str] | None, task: str | None
     if task is not None and task not in TASKS:
         raise BadInput(f"no task {task!r}; known: {', '.join(sorted(TASKS))}")
     if data is not None and not isinstance(data, str | Path):
+        if task is not None:
+            raise BadInput(f"task {task!r} needs labelled data: a .tsv file, not texts alone")
         return _unlabelled(model, list(data), "texts given by the caller", most)
     path = Path(data).expanduser() if data is not None else None
     if path is not None and not path.is_file():
         raise BadInput(f"no file {str(data)!r} to check the programs with")
     if path is not None and path.suffix == ".npz":
+        if task is not None:
+            raise BadInput(f"task {task!r} needs labelled data: a .tsv file; {path.name} holds inputs alone")
         return _arrays(model, path, most)
     if task is not None:
         if path is None:
@@ -71,7 +77,7 @@ def load(model: Model, data: str | Path | Sequence[str] | None, task: str | None
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text("utf-8").splitlines()
+        return path.read_text("utf-8-sig").split("\n")  # splitlines() also cuts at U+2028
     except UnicodeDecodeError as error:
         raise BadInput(f"{path.name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
@@ -85,16 +91,19 @@ def _unlabelled(model: Model, texts: list[str], source: str, most: int) -> Rows:
 
 def _labelled(model: Model, path: Path, task: str, most: int) -> Rows:
     columns = TASKS[task] + 1
-    with path.open(encoding="utf-8", newline="") as file:
-        table = [row for row in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
-    if table and not _is_number(table[0][-1]):
-        table = table[1:]  # a header
-    for line, row in enumerate(table, 1):
+    try:
+        reader = csv.reader(_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE)
+        numbered = [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise BadInput(f"{path.name} is not a table of tab-separated texts: {error}") from error
+    if numbered and not _is_number(numbered[0][1][-1]):
+        numbered = numbered[1:]  # a header
+    for line, row in numbered:
         if len(row) != columns or not _is_number(row[-1]):
             raise BadInput(
-                f"{path.name}, row {line}: task {task!r} needs {columns - 1} text column(s) and a number, got {row}"
+                f"{path.name}, line {line}: task {task!r} needs {columns - 1} text column(s) and a number, got {row}"
             )
-    table = _thin(table, most)
+    table = _thin([row for _, row in numbered], most)
     if not table:
         raise BadInput(f"{path.name} holds no rows")
     labels = np.asarray([float(row[-1]) for row in table], np.float32)
@@ -134,8 +143,18 @@ def _arrays(model: Model, path: Path, most: int) -> Rows:
     """Fixed shapes only: one array an input, the first axis counts the rows."""
     try:
         with np.load(path, allow_pickle=False) as stored:
-            arrays = {x.name: stored[x.name].astype(x.dtype) for x in model.inputs}
-    except (KeyError, ValueError, OSError) as error:
+            # same_kind: a token that is 1.5 is refused, not cut to 1
+            arrays = {x.name: stored[x.name].astype(x.dtype, casting="same_kind") for x in model.inputs}
+    except (
+        AttributeError,
+        EOFError,
+        KeyError,
+        OSError,
+        TypeError,
+        ValueError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise BadInput(
             f"{path.name} needs an array for each input {[x.name for x in model.inputs]}: {error}"
         ) from error
@@ -143,8 +162,12 @@ def _arrays(model: Model, path: Path, most: int) -> Rows:
         shape = arrays[x.name].shape[1:]
         if len(shape) != len(x.shape) - 1 or any(b not in (a, -1) for a, b in zip(shape, x.shape[1:], strict=True)):
             raise BadInput(f"{path.name}: rows of {x.name} have shape {shape}, the model takes {x.shape[1:]}")
-    count = min(len(a) for a in arrays.values())
-    picked = _thin(list(range(count)), most)
+        if x.shape[1:2] == (-1,):
+            arrays[x.name] = arrays[x.name][:, : model.max_length]
+    counts = {name: len(a) for name, a in arrays.items()}
+    if len(set(counts.values())) != 1 or not all(counts.values()):
+        raise BadInput(f"{path.name}: every input needs the same number of rows, at least one, got {counts}")
+    picked = _thin(list(range(min(counts.values()))), most)
     return Rows(tuple({name: a[i] for name, a in arrays.items()} for i in picked), _named(path))
 
 

@@ -135,11 +135,9 @@ def _options(measure: Measure) -> list[str]:
 
 def _signing_key(bundle: Bundle, trusted: Sequence[str]) -> str:
     """The key the device is to pin: the one that signed this bundle, not every key this machine trusts."""
-    data = (bundle.path / verify.SIGNATURE).read_bytes()
-    mark: wire.Signature = wire.decode(wire.Signature, wire.SIGNATURE_SCHEMA, data)
-    if mark.key not in trusted:  # the file was replaced after it was verified
-        raise BundleRefused(f"{bundle.path / verify.SIGNATURE}: signed by {mark.key}, which is not trusted here.")
-    return mark.key
+    if bundle.signer not in trusted:  # the file was replaced after it was verified
+        raise BundleRefused(f"{bundle.path / verify.SIGNATURE}: signed by {bundle.signer}, which is not trusted here.")
+    return bundle.signer
 
 
 def _inventory(bundle: Bundle) -> dict[str, wire.File]:

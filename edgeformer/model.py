@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 LONGEST = 512  # default limit: attention is quadratic, and a longer program is asked for by name
 STATIC_LENGTHS = (32, 64, 128, 256, 512)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "merges.txt")
+MAX_NAME = 64  # the name is part of folder names, which systems limit to 255 bytes
 HUB_FILES = ("*.json", "*.txt", "*.safetensors", "LICENSE*", "NOTICE*", "1_Pooling/*")
 _HEADS = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
@@ -38,6 +39,14 @@ _HEADS = {
     "ForMaskedLM": "AutoModel",
     "ForPreTraining": "AutoModel",
     "ForMaskedImageModeling": "AutoModel",
+}
+_POOLINGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
 }
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -98,16 +107,19 @@ def load(
     together with `example` inputs (each with a batch axis). `lengths` replaces the default static lengths.
     Raises BadInput with what to do.
     """
-    if isinstance(source, torch.nn.Module):
-        model = (
-            _from_transformers(source, name, tokenizer, {}, None)
-            if hasattr(source, "config") and hasattr(source, "get_input_embeddings")
-            else _from_module(source, name, example)
+    plain = isinstance(source, torch.nn.Module) and not hasattr(source, "get_input_embeddings")
+    if example is not None and not plain:
+        raise BadInput(
+            "example inputs go with a plain module; a folder, hub id or transformers model describes its own"
         )
-    else:
-        if example is not None:
-            raise BadInput("example inputs go with a plain module; a folder or hub id describes its own")
+    if not isinstance(source, torch.nn.Module):
+        if tokenizer is not None:
+            raise BadInput("a tokenizer goes with a transformers model; a folder or hub id brings its own")
         model = _from_folder(_folder(str(source)), name or Path(str(source)).name or str(source))
+    else:
+        model = (
+            _from_module(source, name, example) if plain else _from_transformers(source, name, tokenizer, {}, "mean")
+        )
     _finite(model.module)
     return _with_lengths(model, lengths)
 
@@ -124,8 +136,7 @@ def _folder(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=list(HUB_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadInput(f"no folder {source!r}, and the hub and its cache do not give it: {reason}") from error
+        raise BadInput(f"no folder {source!r}, and the hub and its cache do not give it: {_reason(error)}") from error
 
 
 def _from_folder(folder: Path, name: str) -> Model:
@@ -137,36 +148,66 @@ def _from_folder(folder: Path, name: str) -> Model:
             f"{folder} needs config.json and *.safetensors (pickled weights are not read; "
             "convert them with model.save_pretrained(folder))"
         )
-    config = AutoConfig.from_pretrained(folder)
-    architecture = (getattr(config, "architectures", None) or ["Model"])[0]
-    head = next((loader for suffix, loader in _HEADS.items() if architecture.endswith(suffix)), None)
-    if head is None:
-        raise BadInput(f"{architecture}: this version builds {', '.join(h for h in _HEADS)} heads")
     transformers.logging.disable_progress_bar()
-    module = getattr(transformers, head).from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None
+    try:
+        # Code that came with a model is never run, nor asked about on the terminal.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        loader = getattr(transformers, _head((getattr(config, "architectures", None) or ["Model"])[0]))
+        module, found = loader.from_pretrained(
+            folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
+        has_tokenizer = (folder / "tokenizer.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if has_tokenizer else None
+        pooling = _pooling(folder)
+    except BadInput:
+        raise
+    except Exception as error:  # whatever the readers of foreign files raise
+        raise BadInput(f"{folder} cannot be loaded: {type(error).__name__}: {_reason(error)}") from error
+    missing = {str(key) for key in found["missing_keys"]}
+    if any(key.startswith("pooler.") for key in missing):
+        module.pooler = None  # nothing here reads it, and weights made up at random would change the digest
+    if lost := sorted(key for key in missing if not key.startswith("pooler.")):
+        raise BadInput(f"{folder} lacks weights of {type(module).__name__}: {', '.join(lost[:3])}; fine-tune it first")
     files = {f"tokenizer/{n}": (folder / n).read_bytes() for n in TOKENIZER_FILES if (folder / n).is_file()}
     files |= {f"licences/model-{p.name}": p.read_bytes() for p in sorted(folder.glob("LICENSE*"))}
-    pooling = folder / "1_Pooling" / "config.json"
-    return _from_transformers(
-        module, name, tokenizer, files, json.loads(pooling.read_text()) if pooling.is_file() else None
-    )
+    return _from_transformers(module, name, tokenizer, files, pooling)
 
 
-def _from_transformers(
-    module: Any, name: str | None, tokenizer: Any, files: dict[str, bytes], pooling: dict[str, Any] | None
-) -> Model:
+def _head(architecture: str) -> str:
+    """The class of transformers that loads it. Raises BadInput where its output has no meaning here."""
+    for suffix, loader in _HEADS.items():
+        if architecture.endswith(suffix):
+            return loader
+    raise BadInput(f"{architecture}: this version builds {', '.join(_HEADS)} heads")
+
+
+def _pooling(folder: Path) -> str:
+    """
+    mean or cls, as a sentence-transformers folder says; mean where it does not. What this version would leave out
+    silently is refused: another pooling, a layer behind it.
+    """
+    modules, pooling = folder / "modules.json", folder / "1_Pooling" / "config.json"
+    types = [x["type"].rsplit(".", 1)[-1] for x in json.loads(modules.read_text("utf-8"))] if modules.is_file() else []
+    if others := sorted({*types} - {"Transformer", "Pooling", "Normalize"}):
+        raise BadInput(f"{folder}: modules.json lists {', '.join(others)}, which this version does not build")
+    said = json.loads(pooling.read_text("utf-8")) if pooling.is_file() else {}
+    mode = said.get("pooling_mode")  # sentence-transformers 5 and before have a flag for each
+    modes = [mode] if isinstance(mode, str) else mode or [k for k, v in said.items() if v is True and k in _POOLINGS]
+    modes = [_POOLINGS.get(m, m) for m in modes] or ["mean"]
+    if modes not in (["mean"], ["cls"]):
+        raise BadInput(f"{folder}: pooling {', '.join(modes)}; this version builds mean or cls")
+    return str(modes[0])
+
+
+def _from_transformers(module: Any, name: str | None, tokenizer: Any, files: dict[str, bytes], pooling: str) -> Model:
     """Asks the module: which inputs its forward takes, how many positions it has, whether it has a head."""
-    module = copy.deepcopy(module).float().eval()
+    with_logits = "For" in type(module).__name__ and _head(type(module).__name__) != "AutoModel"
+    module = copy.deepcopy(module if with_logits else module.base_model).float().cpu().eval()
     # Eager attention exports as plain matrix products and one softmax; the fused forms decompose into more operators.
     module.set_attn_implementation("eager")
     config = module.config
     inputs = _image_inputs(config) if module.main_input_name == "pixel_values" else _text_inputs(module, tokenizer)
-    cls_pooling = bool(pooling and pooling.get("pooling_mode_cls_token"))
-    with_logits = "For" in type(module).__name__ and getattr(config, "num_labels", 0) > 0
-    wrapped = _OneOutput(
-        module, tuple(x.name for x in inputs), "logits" if with_logits else "cls" if cls_pooling else "mean"
-    )
+    wrapped = _OneOutput(module, tuple(x.name for x in inputs), "logits" if with_logits else pooling)
     task = _task(config) if with_logits else wire.Task("embedding")
     model = Model(
         name=_slug(name or getattr(config, "_name_or_path", "") or type(module).__name__),
@@ -187,22 +228,26 @@ def _from_module(
     example: tuple[torch.Tensor, ...] | dict[str, torch.Tensor] | None,
 ) -> Model:
     """Shapes are those of the example; only the batch is free."""
-    if not example:
+    if isinstance(example, torch.Tensor) or not example:
         raise BadInput("a plain module needs example=(tensor, ...), each with a batch axis of 1")
     named = example if isinstance(example, dict) else {f"x{i}": x for i, x in enumerate(example)}
     if any(x.ndim == 0 or x.shape[0] != 1 for x in named.values()):
         raise BadInput(f"each example needs a batch axis of 1, got {[tuple(x.shape) for x in named.values()]}")
+    positional = not isinstance(example, dict)
     inputs = tuple(wire.Tensor(k, str(x.dtype).removeprefix("torch."), (-1, *x.shape[1:])) for k, x in named.items())
     model = Model(
         name=_slug(name or type(module).__name__),
-        module=_OneOutput(copy.deepcopy(module).eval(), None if isinstance(example, tuple) else tuple(named), "first"),
+        module=_OneOutput(copy.deepcopy(module).cpu().eval(), None if positional else tuple(named), "first"),
         inputs=inputs,
         output=wire.Tensor("output", "float32", (-1, -1)),
         task=wire.Task("embedding"),
         files={},
     )
     with torch.no_grad():
-        model.module(*named.values())  # fails here, in the user's code, and not in an exporter
+        output = model.module(*named.values())  # fails here, in the user's code, and not in an exporter
+    if not isinstance(output, torch.Tensor) or output.shape[:1] != (1,) or not output.is_floating_point():
+        said = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise BadInput(f"{type(module).__name__} must return floats with the batch axis first, got {said}")
     return _described(model, type(module).__name__)
 
 
@@ -220,7 +265,8 @@ class _OneOutput(torch.nn.Module):
             logits: torch.Tensor = output.logits
             return logits
         if self.take == "first":
-            return output if isinstance(output, torch.Tensor) else next(iter(output))
+            values = output.values() if isinstance(output, dict) else output
+            return output if isinstance(output, torch.Tensor) else next(iter(values))
         hidden = output.last_hidden_state
         vector = hidden[:, 0] if self.take == "cls" else _mean(hidden, named.get("attention_mask"))
         return torch.nn.functional.normalize(vector, dim=-1)
@@ -236,13 +282,12 @@ def _mean(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 def _text_inputs(module: Any, tokenizer: Any) -> tuple[wire.Tensor, ...]:
     accepted = inspect.signature(module.forward).parameters
-    wanted = getattr(tokenizer, "model_input_names", None) or ("input_ids", "attention_mask")
     # Segment ids are an input only where there is more than one segment to tell apart.
     segments = getattr(module.config, "type_vocab_size", 0) > 1
-    names = [n for n in _TEXT_INPUTS if n in accepted and (n in wanted or (n == "token_type_ids" and segments))]
+    names = [n for n in _TEXT_INPUTS if n in accepted and (n != "token_type_ids" or segments)]
     if "input_ids" not in names or "attention_mask" not in names:
         raise BadInput(
-            f"{type(module).__name__} takes no input_ids and attention_mask; pass example= for a plain module"
+            f"{type(module).__name__} takes no input_ids and attention_mask; wrap it in a plain module, with example="
         )
     pad = getattr(tokenizer, "pad_token_id", None)
     pad = getattr(module.config, "pad_token_id", None) if pad is None else pad
@@ -313,4 +358,8 @@ def _finite(module: torch.nn.Module) -> None:
 def _slug(name: str) -> str:
     """A name that is a safe folder name on every system."""
     text = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in Path(name).name.lower())
-    return text.strip("-._") or "model"
+    return text.strip("-._")[:MAX_NAME].rstrip("-._") or "model"
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -6,6 +6,7 @@ controls: its words pass `clean` and `escape`, and the page's own policy forbids
 Measured, emulated and modelled figures never share an axis unless the prediction was made for that very device.
 """
 
+import math
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from html import escape
@@ -53,6 +54,11 @@ NAMES = {
     "energy_mj": "energy above idle",
     "fidelity": "fidelity, mean",
     "fidelity_worst": "fidelity, worst row",
+}
+MEASURES = {
+    "agreement": "Circle: share of rows with the same answer. Diamond: the row whose class probabilities moved most, "
+    "1 less their total variation.",
+    "correlation": "Circle: correlation over the rows. Diamond: the row farthest off, 1 less error over spread.",
 }
 COSTS = ("latency_ms", "memory_mb", "energy_mj")  # less is better, ratios share one axis
 VERDICTS = {"faster": "good", "better": "good", "as predicted": "good", "slower": "bad", "worse": "bad"}
@@ -149,7 +155,9 @@ def _badge(kind: str) -> str:
 def _headline(page: Page) -> str:
     """The fastest program that passed, where something was run; what is expected, where nothing was."""
     chosen = [row for row in page.rows if row.selected]
-    row = next((r for r in chosen if r.measured), next(iter(chosen), page.rows[0] if page.rows else None))
+    ran = sorted(chosen, key=lambda row: not row.measured)
+    expected = sorted(page.rows, key=lambda row: row.band[1] if row.band else math.inf)
+    row = next(iter(ran or expected), None)
     if row is None:
         return ""
     where = f"on {_t(row.device)}" if row.device else f"for {_t(page.manifest.target)}"
@@ -403,17 +411,15 @@ def _judged(row: Row, found: Fidelity) -> tuple[Cell, ...]:
 
 
 def _fidelity_picture(key: str, measure: str, judged: Sequence[Judged]) -> str:
-    single = measure == "agreement"  # the worst row of an agreement is 0 or 1 and says nothing
     spans = []
     for row, found in judged:
-        label = _label(row, share(found.mean), "" if single else f"worst {share(found.worst)}", row.fidelity_from)
-        low = found.mean if single else min(found.worst, found.mean)
-        spans.append(plot.Span(label, low, found.mean, found.mean, _style(row.report), diamond=not single))
-    least = min(*(span.low for span in spans), 0.999)
+        label = _label(row, share(found.mean), f"worst {share(found.worst)}", row.fidelity_from)
+        spans.append(plot.Span(label, found.worst, found.mean, found.mean, _style(row.report), diamond=True))
+    least = max(min(0.999, *(value for span in spans for value in (span.low, span.middle))), 0.0)
     scale = plot.Scale(least - 0.08 * (1 - least), 1.0, plot.LEFT, plot.RIGHT)
     unit = f"{clean(measure, 30)} with the fp32 model; 1 is the same"
     picture = plot.spans(key, f"Fidelity: {clean(measure, 30)}", _said(spans), spans, scale, unit)
-    return _figure(picture, "Circle: mean over the rows." + ("" if single else " Diamond: the least similar row."))
+    return _figure(picture, MEASURES.get(measure, "Circle: mean over the rows. Diamond: the least similar row."))
 
 
 def _resources(page: Page) -> str:

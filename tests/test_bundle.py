@@ -396,6 +396,24 @@ def test_an_archive_that_cannot_be_placed_takes_the_folder_back(
         assert state(tmp_path / "b") == (3, 3)
 
 
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_what_appears_during_the_write_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    pack = bundle._pack
+
+    def quicker(*arguments: object) -> None:
+        pack(*arguments)  # type: ignore[arg-type]
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b/thesis.txt").write_text("years of work")
+
+    monkeypatch.setattr(bundle, "_pack", quicker)
+    with pytest.raises(errors.WrongUse, match=r"b is not replaced" if overwrite else r"b exists"):
+        small(tmp_path / "b", overwrite=overwrite)
+    assert (tmp_path / "b/thesis.txt").read_text() == "years of work"
+    assert left(tmp_path / "b") == ["b"]
+
+
 def test_a_full_disk(tmp_path: Path) -> None:
     """A real refusal of the system to write: the limit on the size of a file."""
     small(tmp_path / "b")
@@ -484,6 +502,10 @@ bundle._move = between
     killed(tmp_path / "b", patch)
     assert not (tmp_path / "b").exists()
     assert bundle.open_bundle(tmp_path / "b").manifest.version == 3
+    assert state(tmp_path / "b") == (3, 3)
+    killed(tmp_path / "b", patch)
+    with pytest.raises(errors.WrongUse, match="b exists"):
+        small(tmp_path / "b", version=5)
     assert state(tmp_path / "b") == (3, 3)
 
 

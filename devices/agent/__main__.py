@@ -6,15 +6,16 @@ Exit codes: 0 done; 1 the bundle is refused or a self-check failed; 2 wrong use;
 """
 
 import argparse
+import contextlib
 import datetime
-import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from typing import Any, Dict, List, Optional, Tuple
 
-from . import wire
+from . import verify, wire
 
 VERSION = "1"  # of the agent; the schema of what it reads and writes is in wire.py
 REFUSED, WRONG_USE, MISSING = 1, 2, 3
@@ -39,6 +40,12 @@ def main(arguments=None):
     except Stop as stop:
         _say("edgeformer agent: {}".format(stop))
         return stop.code
+    except (verify.Refused, wire.WireError) as error:
+        _say("edgeformer agent: bundle refused: {}".format(error))
+        return REFUSED
+    except OSError as error:  # a permission, a full disk
+        _say("edgeformer agent: {}".format(error))
+        return MISSING
     except KeyboardInterrupt:
         _say("edgeformer agent: interrupted; nothing was changed")
         return 130
@@ -66,12 +73,26 @@ def _measuring(sub):
     # type: (argparse.ArgumentParser) -> None
     sub.add_argument("--out", help="where the report goes; stdout without it")
     sub.add_argument("--profile", default="default", choices=["default", "quick", "mlperf"])
-    sub.add_argument("--min-runs", type=int, help="replaces the profile's least number of runs")
-    sub.add_argument("--min-seconds", type=float, help="replaces the profile's least duration")
-    sub.add_argument("--rows", type=int, help="at most this many evaluation rows; all without it")
-    sub.add_argument("--threads", type=int, default=1)
+    sub.add_argument("--min-runs", type=_count, help="replaces the profile's least number of runs")
+    sub.add_argument("--min-seconds", type=_seconds, help="replaces the profile's least duration")
+    sub.add_argument("--rows", type=_count, help="at most this many evaluation rows; all without it")
+    sub.add_argument("--threads", type=_count, default=1)
     sub.add_argument("--program", action="append", default=[], help="only this one; repeatable")
     sub.add_argument("--root", default="/", help="where /sys and /proc are read")
+
+
+def _count(text):
+    # type: (str) -> int
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("{} must be at least 1".format(text))
+    return int(text)
+
+
+def _seconds(text):
+    # type: (str) -> float
+    if not 0 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError("{} must be a number of seconds, 0 or more".format(text))
+    return float(text)
 
 
 def _verify(options):
@@ -84,23 +105,20 @@ def _verify(options):
 def _verified(options):
     # type: (Any) -> Tuple[wire.Manifest, str]
     """The manifest and who signed it; refuses what is older than what this device has accepted before."""
-    from . import verify
-
     if not options.key:
         raise Stop(WRONG_USE, "--key is missing: the public key that this device trusts, from `edgeformer keys show`")
-    try:
-        data, key = verify.signed(options.bundle, options.key)
-        least = verify.highest(options.home, wire.load_manifest(data).name, key) if options.home else 0
-        return verify.verify(options.bundle, options.key, minimum_version=least), key
-    except (verify.Refused, wire.WireError) as error:
-        raise Stop(REFUSED, "bundle refused: {}".format(error))
+    data, key = verify.signed(options.bundle, options.key)
+    least = verify.highest(options.home, wire.load_manifest(data).name, key) if options.home else 0
+    return verify.verify(options.bundle, options.key, minimum_version=least), key
 
 
 def _run(options):
     # type: (Any) -> int
     started = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     _require()
+    signal.signal(signal.SIGTERM, _terminated)
     manifest, key = _verified(options)
+    _check_out(options.out)
     entries = _chosen(manifest, options.program)
     results, skipped = [], {}  # type: List[wire.Result], Dict[str, str]
     for number, entry in enumerate(entries, 1):
@@ -134,6 +152,28 @@ def _require():
             raise Stop(
                 MISSING, "{0} is not installed for {1}. Run: {1} -m pip install {0}".format(package, sys.executable)
             )
+
+
+def _terminated(number, frame):  # noqa: ARG001
+    # type: (int, Any) -> None
+    """Unwinds, so that the child and the temporary folder go too."""
+    raise Stop(128 + number, "terminated; nothing was changed")
+
+
+def _check_out(path):
+    # type: (Optional[str]) -> None
+    """Told before minutes of measuring, not after them."""
+    if path is None:
+        return
+    try:
+        folder = os.path.dirname(os.path.abspath(path))
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise Stop(MISSING, "--out {} cannot be written: {}".format(path, error))
+    if os.path.isdir(path):
+        raise Stop(WRONG_USE, "--out {} is a folder; name a file".format(path))
 
 
 def _chosen(manifest, names):
@@ -189,7 +229,7 @@ def _lacking(entry):
 def _measure(options):
     # type: (Any) -> int
     """The child. The parent has verified every file just now; the manifest that is read here is the signed one."""
-    from . import measure, system, timing, verify
+    from . import measure, system, timing
 
     manifest = wire.load_manifest(verify.signed(options.bundle, options.key)[0])
     entry = _chosen(manifest, options.program)[0]
@@ -238,21 +278,26 @@ def _report(options, manifest, started, results, skipped):
 def _activate(options, manifest, key):
     # type: (Any, wire.Manifest, str) -> None
     """`current` becomes this bundle in one rename, `previous` what it was; then nothing older is accepted."""
-    from . import verify
-
-    home, bundle = os.path.abspath(options.home), os.path.abspath(options.bundle)
+    # Real paths: the bundle may have been named by `current` itself, which must not come to point to itself.
+    home, bundle = os.path.realpath(options.home), os.path.realpath(options.bundle)
     current = os.path.join(home, "current")
-    before = os.readlink(current) if os.path.islink(current) else None
     target = os.path.relpath(bundle, home)
-    if before not in (None, target):
-        _point(os.path.join(home, "previous"), before)
-    _point(current, target)
-    verify.remember(home, manifest, key)
+    try:
+        os.makedirs(home, exist_ok=True)
+        before = os.readlink(current) if os.path.islink(current) else None
+        if before not in (None, target):
+            _point(os.path.join(home, "previous"), before)
+        _point(current, target)
+        verify.remember(home, manifest, key)
+    except (OSError, verify.Refused) as error:
+        raise Stop(MISSING, "it passed, but it cannot become {}: {}".format(current, error))
 
 
 def _point(link, target):
     # type: (str, Any) -> None
     temporary = "{}.{}".format(link, os.getpid())
+    with contextlib.suppress(FileNotFoundError):  # of a killed agent that had our number
+        os.unlink(temporary)
     os.symlink(target, temporary)
     os.replace(temporary, link)
 
@@ -261,16 +306,20 @@ def _write(path, data):
     # type: (Optional[str], bytes) -> None
     """Whole or not at all."""
     if path is None:
-        sys.stdout.write(data.decode("utf-8"))
+        sys.stdout.buffer.write(data)  # UTF-8 in every locale
+        sys.stdout.buffer.flush()
         return
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
     temporary = "{}.{}".format(path, os.getpid())
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def _line(result):

@@ -7,6 +7,8 @@ Outputs are stored the same way under `output.<name>`; `labels` is optional.
 """
 
 import io
+import zipfile
+import zlib
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
@@ -35,7 +37,7 @@ def dump(cases):
     # type: (Cases) -> bytes
     """The same cases give the same bytes."""
     arrays = {}  # type: Dict[str, Any]
-    for name in cases.rows[0]:
+    for name in sorted(cases.rows[0]):
         _store(arrays, "input." + name, [row[name] for row in cases.rows])
     for name, outputs in sorted(cases.outputs.items()):
         _store(arrays, "output." + name, outputs)
@@ -49,17 +51,22 @@ def dump(cases):
 def load(path):
     # type: (str) -> Cases
     """Raises ValueError where the file is not what `dump` writes."""
-    with np.load(path, allow_pickle=False) as stored:
-        arrays = {name: stored[name] for name in stored.files}
-    names = sorted({name.rsplit(".", 1)[0] for name in arrays if name != "labels"})
-    lists = {name: _restore(arrays, name) for name in names}
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        names = sorted({name.rsplit(".", 1)[0] for name in arrays if name != "labels"})
+        lists = {name: _restore(arrays, name) for name in names}
+    except (AttributeError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError("{}: not the cases of a bundle: {}".format(path, error or "it is empty"))
     inputs = {name[len("input.") :]: rows for name, rows in lists.items() if name.startswith("input.")}
     outputs = {name[len("output.") :]: tuple(rows) for name, rows in lists.items() if name.startswith("output.")}
     if not inputs or len({len(rows) for rows in lists.values()}) != 1:
         raise ValueError("{}: inputs and outputs must have the same number of rows, at least one".format(path))
-    count = len(next(iter(inputs.values())))
+    count, labels = len(next(iter(inputs.values()))), arrays.get("labels")
+    if labels is not None and labels.shape not in ((count,), (count / 2,)):
+        raise ValueError("{}: labels of shape {} for {} rows".format(path, labels.shape, count))
     rows = tuple({name: values[i] for name, values in inputs.items()} for i in range(count))
-    return Cases(rows, outputs, arrays.get("labels"))
+    return Cases(rows, outputs, labels)
 
 
 def _store(arrays, name, rows):

@@ -156,6 +156,9 @@ def _energy(step, lengths, options):
 def _fidelity(task, run, stored, picked):
     # type: (wire.Task, Run, cases.Cases, List[int]) -> wire.Fidelity
     outputs = [run(stored.rows[i]) for i in picked]
+    for i, output in zip(picked, outputs):
+        if not np.isfinite(output).all():  # no figure of closeness exists then
+            raise ValueError("evaluation row {} gives a value that is not finite".format(i))
     reference = [stored.outputs["reference"][i] for i in picked]
     labels = stored.labels
     if labels is not None:

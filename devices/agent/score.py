@@ -31,9 +31,9 @@ def fidelity(task, outputs, reference, labels=None):
     value = base = None
     if task.metric is not None and labels is not None:
         value, base = metric(task, got, labels), metric(task, want, labels)
-    return wire.Fidelity(
-        MEASURE[task.kind], mean, float(rows.min()), float(abs(got - want).max()), len(rows), task.metric, value, base
-    )
+    finite = np.isfinite(got)  # the worst row, -1, tells of the others
+    furthest = float(abs(got - want)[finite].max()) if finite.any() else 0.0
+    return wire.Fidelity(MEASURE[task.kind], mean, float(rows.min()), furthest, len(rows), task.metric, value, base)
 
 
 def similarity(task, got, want):
@@ -53,11 +53,17 @@ def similarity(task, got, want):
 
 def metric(task, outputs, labels):
     # type: (wire.Task, Any, Any) -> float
-    """accuracy: share of rows whose argmax is the label. spearman: rank correlation of predictions and labels."""
+    """
+    accuracy: share of rows whose argmax is the label. spearman: rank correlation of predictions and labels.
+    A row that is not finite is wrong; it has no rank, so that nothing is correlated then.
+    """
     got, labels = _matrix(outputs), np.asarray(labels, np.float64)
+    finite = np.isfinite(got).all(axis=1)
     if task.metric == "accuracy":
-        return float((got.argmax(axis=1) == labels).mean())
+        return float(((got.argmax(axis=1) == labels) & finite).mean())
     if task.metric == "spearman":
+        if not finite.all():
+            return 0.0
         predicted = _cosine(got[0::2], got[1::2]) if task.paired else got[:, 0]
         return _pearson(_ranks(predicted), _ranks(labels))
     raise ValueError("no metric {!r}; known: accuracy, spearman".format(task.metric))
@@ -65,10 +71,11 @@ def metric(task, outputs, labels):
 
 def _mean(task, got, want, rows):
     # type: (wire.Task, Any, Any, Any) -> float
+    finite = bool(np.isfinite(got).all())
     if task.kind == "classification":
-        return float((got.argmax(axis=1) == want.argmax(axis=1)).mean()) if (rows >= 0).all() else 0.0
+        return float((got.argmax(axis=1) == want.argmax(axis=1)).mean()) if finite else 0.0
     if task.kind == "regression" and len(got) > 1 and want.std() > 0:
-        return _pearson(got[:, 0], want[:, 0]) if (rows >= 0).all() else -1.0
+        return _pearson(got[:, 0], want[:, 0]) if finite else -1.0
     return float(rows.mean())
 
 

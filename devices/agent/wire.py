@@ -14,6 +14,7 @@ MANIFEST_SCHEMA = "edgeformer.manifest/1"
 REPORT_SCHEMA = "edgeformer.report/1"
 SIGNATURE_SCHEMA = "edgeformer.signature/1"
 RESULT_SCHEMA = "edgeformer.result/1"
+MAX_DEPTH = 32  # of facts, which have no schema: deeper ones can be read here and not written elsewhere
 
 
 class WireError(ValueError):
@@ -301,7 +302,11 @@ def load_report(data):
     # type: (bytes) -> Report
     """Raises WireError, also where the id is not the digest of the rest."""
     report = decode(Report, REPORT_SCHEMA, data)  # type: Report
-    if report.id != report_id(report):
+    try:
+        right = report.id == report_id(report)
+    except UnicodeEncodeError as error:  # half of a surrogate pair, written as an escape
+        raise WireError("report: a text in it is no Unicode: {}".format(error))
+    if not right:
         raise WireError("report: id {} is not the digest of its content; it was changed on the way".format(report.id))
     return report
 
@@ -383,7 +388,7 @@ def _decode(kind, value, where):
     # type: (Any, Any, str) -> Any
     """`value` as `kind`, where `kind` is an annotation used in this file."""
     if kind is Any:
-        return value
+        return _facts(value, where, MAX_DEPTH)
     if hasattr(kind, "_fields"):
         return _record(kind, value, where)
     origin, arguments = getattr(kind, "__origin__", None), getattr(kind, "__args__", ())  # type: Any, Any
@@ -393,8 +398,21 @@ def _decode(kind, value, where):
         items = _typed(list, value, where)
         return tuple(_decode(arguments[0], item, "{}[{}]".format(where, i)) for i, item in enumerate(items))
     if origin in (dict, Dict):
-        return {k: _decode(arguments[1], v, "{}.{}".format(where, k)) for k, v in _typed(dict, value, where).items()}
+        items = _typed(dict, value, where)
+        return {_typed(str, k, where): _decode(arguments[1], v, "{}.{}".format(where, k)) for k, v in items.items()}
     return _typed(kind, value, where)
+
+
+def _facts(value, where, depth):
+    # type: (Any, str, int) -> Any
+    """Any JSON that can be written again."""
+    if depth < 0:
+        raise WireError("{}: nested deeper than {}".format(where, MAX_DEPTH))
+    if isinstance(value, dict):
+        return {_typed(str, k, where): _facts(v, "{}.{}".format(where, k), depth - 1) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_facts(item, "{}[{}]".format(where, i), depth - 1) for i, item in enumerate(value)]
+    return _typed(str, value, where) if isinstance(value, str) else value
 
 
 def _record(kind, value, where):
@@ -413,4 +431,6 @@ def _typed(kind, value, where):
     allowed = (int, float) if kind is float else (kind,)
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
         raise WireError("{}: expected {}, got {!r}".format(where, kind.__name__, value))
+    if kind is str and any("\ud800" <= c <= "\udfff" for c in value):
+        raise WireError("{}: {!r} is not Unicode text (half of a surrogate pair)".format(where, value))
     return value

@@ -1,0 +1,107 @@
+"""What the exporters promise of their files: nothing of this machine, shared weights, counted work, any length."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import families
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("litert_torch")
+
+from edgeformer import check, data, device, formats, model as models  # noqa: E402
+from edgeformer.program import Program  # noqa: E402
+from edgeformer_agent import runners, wire  # noqa: E402
+
+PI = device.load("raspberry-pi-4")
+
+
+def middling() -> models.Model:
+    """Big enough that weights, and not the graph, decide the size of a file."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = hf.BertConfig(
+        vocab_size=8000, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, intermediate_size=1024,
+        max_position_embeddings=512,
+    )  # fmt: skip
+    return models.load(hf.BertModel(config).eval(), name="middling")
+
+
+def entry(program: Program, model: models.Model) -> wire.Entry:
+    """As build() writes it, as far as a runner looks."""
+    nothing = wire.Fidelity("", 0, 0, 0, 0), wire.Prediction("", 1, wire.Metrics(), 1, 1, "")
+    return wire.Entry(
+        program.name, program.format, program.precision, program.entry, program.size_bytes, program.inputs,
+        program.outputs, program.lengths, program.runtime, program.needs, program.work, nothing[1], nothing[0], 0.9,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_five_lengths_cost_little_more_than_one_and_the_shortest_that_fits_runs(tmp_path: Path) -> None:
+    model = middling()
+    (several,) = formats.load("litert").export(model, PI, ["int8"])
+    (one,) = formats.load("litert").export(models.load(model.module.module, lengths=(512,)), PI, ["int8"])
+    assert several.lengths == (32, 64, 128, 256, 512) and one.lengths == (512,)
+    assert several.size_bytes < 1.10 * one.size_bytes, (several.size_bytes, one.size_bytes)
+    assert [w.length for w in several.work] == list(several.lengths)
+
+    path = tmp_path / several.entry
+    path.write_bytes(several.files[several.entry])
+    run = runners.load("litert").load(str(path), entry(several, model), 1)
+    rows = data.load(model, None, None).rows
+    picked = [next(r for r in rows if len(r["input_ids"]) > 256), {k: v[:31] for k, v in rows[-1].items()}]
+    picked += [{k: v[:n] for k, v in rows[-1].items()} for n in (32, 33, 1)]
+    for row, wanted in zip(picked, check.reference(model, picked, lambda _: None), strict=True):
+        assert float(np.dot(run(row), wanted)) > 0.99, len(row["input_ids"])
+    with pytest.raises(ValueError, match="513 tokens"):
+        run({k: np.ones(513, np.int32) for k in rows[0]})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "litert"])
+def test_nothing_of_this_machine_is_in_a_file(format: str) -> None:
+    model = models.load(families.tiny("bert"), name="tiny", lengths=(16,))
+    for program in formats.load(format).export(model, PI, ["fp32", "int8"]):
+        content = b"".join(program.files.values())
+        for trace in (str(Path(models.__file__).parent), str(Path.home()), "site-packages"):
+            assert trace.encode() not in content, (program.name, trace)
+
+
+def test_onnx_is_plain_and_any_length_runs(tmp_path: Path) -> None:
+    model = models.load(families.tiny("electra"), name="tiny", lengths=(48,))
+    fp32, int8 = formats.load("onnx").export(model, PI, ["fp32", "int8"])
+    proto = onnx.load_from_string(fp32.files[fp32.entry])
+    assert proto.ir_version <= 9 and {(o.domain, o.version) for o in proto.opset_import} == {("", 20)}
+    assert not any(node.metadata_props or node.doc_string for node in proto.graph.node)
+    assert [i.name for i in proto.graph.input] == [x.name for x in model.inputs]
+    assert fp32.work[-1].flops == int8.work[-1].int8_ops + int8.work[-1].flops > 0 == fp32.work[-1].int8_ops
+    kinds = {node.op_type for node in onnx.load_from_string(int8.files[int8.entry]).graph.node}
+    assert "MatMulInteger" in kinds and re.search("DynamicQuantizeLinear", " ".join(kinds))
+    path = tmp_path / fp32.entry
+    path.write_bytes(fp32.files[fp32.entry])
+    run = runners.load("onnx").load(str(path), entry(fp32, model), 1)
+    rows = [{k: v[:n] for k, v in data.load(model, None, None).rows[-1].items()} for n in (1, 2, 17, 48)]
+    for row, wanted in zip(rows, check.reference(model, rows, lambda _: None), strict=True):
+        np.testing.assert_allclose(run(row), wanted, atol=1e-5)
+
+
+def test_an_unknown_format_lists_what_exists() -> None:
+    with pytest.raises(LookupError, match="'onnx'"):
+        formats.load("onxx")
+
+
+def test_a_module_that_cannot_be_exported_says_so() -> None:
+    class Untraceable(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * float(np.asarray(x.detach()).sum())
+
+    model = models.load(Untraceable(), example=(torch.ones(1, 4),), name="odd")
+    for format in ("onnx", "litert"):
+        with pytest.raises(Exception, match=f"{format}: odd does not") as caught:
+            list(formats.load(format).export(model, PI, ["fp32"]))
+        assert type(caught.value).__name__ == "ExportError"
