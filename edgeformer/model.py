@@ -107,7 +107,8 @@ def load(
     together with `example` inputs (each with a batch axis). `lengths` replaces the default static lengths.
     Raises BadInput with what to do.
     """
-    plain = isinstance(source, torch.nn.Module) and not hasattr(source, "get_input_embeddings")
+    described = hasattr(source, "config") and hasattr(source, "get_input_embeddings")
+    plain = isinstance(source, torch.nn.Module) and not described
     if example is not None and not plain:
         raise BadInput(
             "example inputs go with a plain module; a folder, hub id or transformers model describes its own"

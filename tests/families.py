@@ -53,3 +53,18 @@ def tiny(family: str) -> Any:
             if parameter.ndim > 1:
                 parameter.mul_(4)
     return model
+
+
+def tokenizer() -> Any:
+    """Words w3..w194 have the ids 5..196: a WordPiece vocabulary that fits the tiny text models. Pairs get segments."""
+    import transformers as hf
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: i for i, word in enumerate([*special, *(f"w{i}" for i in range(3, 195))])}
+    made = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer(lowercase=True)
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = {f"{t.strip('[]').lower()}_token": t for t in special}
+    return hf.PreTrainedTokenizerFast(tokenizer_object=made, **names)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import itertools
 import os
 import random
 import shutil
@@ -70,7 +69,7 @@ class Device:
         return subprocess.Popen(
             [self.python, "-I", *flags, folder / "agent.pyz", verb, folder, *words],
             stdout=pipe, stderr=pipe, cwd=self.temporary.parent, start_new_session=True,
-            env={"PATH": os.environ["PATH"], "TMPDIR": str(self.temporary), "MARK": str(self.mark), "LC_ALL": "C"},
+            env={"HOME": str(self.temporary), "TMPDIR": str(self.temporary), "MARK": str(self.mark), "LC_ALL": "C"},
         )  # fmt: skip
 
     def run(
@@ -167,13 +166,13 @@ def right(row: cases.Row) -> Any:
 
 
 def made(
-    folder: Path, programs: Mapping[str, bytes], wrong: Sequence[str] = (), needs: wire.Needs = wire.Needs(),
+    folder: Path, programs: Mapping[str, bytes], wrong: Sequence[str] = (), needs: wire.Needs | None = None,
     **changes: object,
 ) -> Bundle:  # fmt: skip
     """A bundle of `programs`; the golden outputs of those in `wrong` are not what they compute."""
     entries = tuple(
         factory.entry(
-            name, inputs=(wire.Tensor("input_ids", "int64", (-1, -1)),), lengths=(), needs=needs,
+            name, inputs=(wire.Tensor("input_ids", "int64", (-1, -1)),), lengths=(), needs=needs or wire.Needs(),
             outputs=(wire.Tensor("logits", "float32", (-1, 2)),), runtime=RUNTIMES[name.split("-")[0]],
         )
         for name in programs
@@ -192,7 +191,7 @@ def made(
     return bundle.write(folder, manifest._replace(programs=entries), contents, signer())
 
 
-SHORT = ("--min-runs", "1", "--min-seconds", "0", "--rows", "2")
+SHORT = ("--profile", "quick", "--min-runs", "1", "--min-seconds", "0", "--rows", "2")
 
 
 def current(home: Path) -> str:
@@ -251,7 +250,20 @@ def test_a_result_has_every_figure(measured: tuple[Bundle, wire.Report], which: 
 
 def test_the_plan_can_be_changed(device: Device, tmp_path: Path) -> None:
     made_bundle = made(tmp_path / "bundle", {"onnx-fp32": program(), "onnx-int8": program()})
-    words = ["--program", "onnx-int8", "--rows", "5", "--min-runs", "23", "--min-seconds", "0.2", "--threads", "2"]
+    words = [
+        "--program",
+        "onnx-int8",
+        "--profile",
+        "quick",
+        "--rows",
+        "5",
+        "--min-runs",
+        "23",
+        "--min-seconds",
+        "0.2",
+        "--threads",
+        "2",
+    ]
     done = device.run(made_bundle.path, *words)
     report = wire.load_report(done.stdout.encode())  # without --out the report, and only that, is on stdout
     (result,) = report.results
@@ -386,7 +398,7 @@ def test_a_value_that_is_not_finite_is_no_result(device: Device, tmp_path: Path)
     infinite[next(t for t in range(16) if all(t not in row["input_ids"] for row in rows()[:3]))] = np.inf
     model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(infinite, "table"))
     made_bundle = made(tmp_path / "bundle", {"onnx-fp32": program(), "onnx-int8": model.SerializeToString()})
-    done = device.run(made_bundle.path, "--min-runs", "1", "--min-seconds", "0")
+    done = device.run(made_bundle.path, *SHORT[:-2])
     report = wire.load_report(done.stdout.encode())
     assert report.selected == "onnx-fp32" and "gives a value that is not finite" in report.skipped["onnx-int8"]
 
@@ -567,7 +579,7 @@ def test_current_is_never_missing_while_it_flips(device: Device, tmp_path: Path)
             while newest == 0 and not (home / "current").is_symlink():
                 assert process.poll() is None
             until = time.monotonic() + moments.uniform(0.02, 0.1)
-            for _ in itertools.takewhile(lambda _: time.monotonic() < until, itertools.count()):
+            while time.monotonic() < until:
                 seen.add(current(home))
             process.kill()
         seen.add(current(home))

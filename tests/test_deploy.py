@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 from test_link import Device, a_folder, described, device, ends, random_bytes  # noqa: F401 (a fixture)
 
+from edgeformer.bundle import Bundle
 from edgeformer.deploy import Measure, deploy, run
 from edgeformer.errors import BadInput, BundleRefused, CheckFailed, LinkError, Missing, WrongUse
 from edgeformer.link import Link, Local
@@ -61,6 +62,10 @@ class FakeBundle:
     digest: str
     manifest: SimpleNamespace
     refused: str = ""
+
+    @property
+    def signer(self) -> str:
+        return Bundle.signer.fget(self)  # type: ignore[attr-defined, no-any-return]
 
     def verify(self, keys: tuple[str, ...]) -> None:
         assert keys == (KEY,)

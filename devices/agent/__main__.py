@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from . import verify, wire
 
@@ -298,8 +298,8 @@ def _point(link, target):
     temporary = "{}.{}".format(link, os.getpid())
     with contextlib.suppress(FileNotFoundError):  # of a killed agent that had our number
         os.unlink(temporary)
-    os.symlink(target, temporary)
-    os.replace(temporary, link)
+    with _placing(temporary, link):
+        os.symlink(target, temporary)
 
 
 def _write(path, data):
@@ -310,11 +310,18 @@ def _write(path, data):
         sys.stdout.buffer.flush()
         return
     temporary = "{}.{}".format(path, os.getpid())
+    with _placing(temporary, path), open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _placing(temporary, path):
+    # type: (str, str) -> Iterator[None]
+    """What the block makes at `temporary` takes the place of `path`, or nothing stays of it."""
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -431,6 +431,6 @@ def _typed(kind, value, where):
     allowed = (int, float) if kind is float else (kind,)
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
         raise WireError("{}: expected {}, got {!r}".format(where, kind.__name__, value))
-    if kind is str and any("\ud800" <= c <= "\udfff" for c in value):
+    if kind is str and any("\ud800" <= c <= "\udfff" for c in str(value)):
         raise WireError("{}: {!r} is not Unicode text (half of a surrogate pair)".format(where, value))
     return value

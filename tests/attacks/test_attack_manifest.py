@@ -44,7 +44,6 @@ def replaced(folder, old, new):
         ("ev\x7fil", "control"),
         ("ev\u202eil", "control"),
         ("ev\u200bil", "control"),
-        ("ev\udc80il", "control"),
         (unicodedata.normalize("NFD", "caf\u00e9"), "NFC"),
         ("\u212bngstrom", "NFC"),
         ("x" * 101, "too long"),
@@ -55,6 +54,14 @@ def test_name(good, refused, name, reason):
     rename(good, "agent.pyz", name)
     shown = name if name.isprintable() and name else ascii(name)
     refused(good, f"file name {shown}: ", reason)
+
+
+def test_name_that_is_half_a_character(good, refused):
+    """Python would write it to the disk as a raw byte that no UTF-8 name has."""
+    rename(good, "agent.pyz", "ev\udc80il")
+    refused(good, "ev\\udc80il", "surrogate")
+    with pytest.raises(agent.Refused, match="control"):
+        agent.check_names(["ev\udc80il"])
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "manifest.sig", "Manifest.JSON", "MANIFEST.sig"])

@@ -1,6 +1,11 @@
 """ONNX, by ONNX Runtime on the CPU. Any sequence length: a row runs at its natural one."""
 
+import os
 from typing import Any, Callable
+
+# ONNX Runtime 1.29 and later report every session to their maker, unless this is set before they are imported
+# (microsoft/onnxruntime pull 29843).
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import onnxruntime
 
