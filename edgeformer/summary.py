@@ -156,30 +156,44 @@ def rows(manifest: Manifest, reports: Sequence[Report]) -> list[Row]:
 
 
 def table(manifest: Manifest, reports: Sequence[Report]) -> Table:
-    """For a terminal of 100 columns: two lines a program, the second is the spread or the reference of the first."""
+    """For a terminal of 80 columns: two lines a program, the second is the spread or the reference of the first."""
     found = rows(manifest, reports)
     metric = next((row.fidelity.metric for row in found if row.fidelity and row.fidelity.metric), None)
     task = clean(metric, 9) if metric else "task"
     heads = (
         "program",
         "MB",
-        "predicted ms\n(band)",
-        "p50 ms\np90 · p99",
-        "fidelity\nworst row",
+        "modelled\n(band)",
+        "p50 ms\np90",
+        "fidelity\nworst",
         f"{task}\n(fp32)",
+        "MB held\n+grown",
     )
-    made = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
-    for head in (*heads, "peak MB\n+grown", "energy"):
-        left = head == "program"
-        made.add_column(head, justify="left" if left else "right", overflow="fold", min_width=17 if left else None)
-    for i, row in enumerate(found):
+    heads += ("energy",)
+    lines = [_cells(row) for row in found]
+    shown = [i for i in range(len(heads)) if i == 0 or any(str(line[i]) != MISSING for line in lines)]
+    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 1), pad_edge=False)
+    for i in shown:
+        made.add_column(heads[i], justify="right" if i else "left", overflow="fold", min_width=0 if i else 15)
+    for i, (row, line) in enumerate(zip(found, lines, strict=True)):
         if i and row.report != found[i - 1].report:
             made.add_section()
-        made.add_row(*_cells(row))
-    runs = "\n".join(_run(letter(i), report) for i, report in enumerate(reports))
-    made.caption = Text(f"{runs or 'nothing was run'}\npredicted: modelled · * fastest that passed its self-check")
+        made.add_row(*(line[k] for k in shown))
+    made.caption = _caption(found, reports)
     made.caption_justify = "left"
     return made
+
+
+def _caption(found: Sequence[Row], reports: Sequence[Report]) -> Text:
+    """Which run is which, and what makes its numbers doubtful."""
+    caption = Text("\n".join(_run(letter(i), report) for i, report in enumerate(reports)) or "nothing was run")
+    for row in found:
+        flags = ", ".join(clean(flag, 24) for flag in row.flags[:8])
+        if flags:
+            style = "red" if FAILED in row.flags else "yellow"
+            caption.append(f"\n! {row.report} {clean(row.program, 24)}: {flags}", style=style)
+    caption.append("\nmodelled: before anyone measured · * fastest that passed its self-check")
+    return caption
 
 
 def to_json(manifest: Manifest, reports: Sequence[Report], comparisons: Sequence[Comparison] = ()) -> str:
@@ -316,11 +330,11 @@ def _run(key: str, report: Report) -> str:
 def _cells(row: Row) -> list[Text]:
     dim = "" if row.measured else "dim"
     latency, memory, fidelity = row.latency, row.memory, row.fidelity
-    times = f"{number(latency.p50_ms)}\n{number(latency.p90_ms)} · {number(latency.p99_ms)}" if latency else MISSING
+    times = f"{number(latency.p50_ms)}\n{number(latency.p90_ms)}" if latency else MISSING
     return [
         _name(row),
         Text(number(row.size_mb)),
-        Text(band_words(row).replace(" (", "\n(")),
+        Text(_band(row)),
         Text("not run" if row.skipped else times, style=dim),
         Text(f"{share(fidelity.mean)}\n{share(fidelity.worst)}" if fidelity else MISSING),
         Text(f"{share(fidelity.value)}\n({share(fidelity.reference)})" if fidelity and fidelity.metric else MISSING),
@@ -329,10 +343,13 @@ def _cells(row: Row) -> list[Text]:
     ]
 
 
+def _band(row: Row) -> str:
+    band = row.band
+    return f"{number(band[1])}\n{number(band[0])}–{number(band[2])}" if band else MISSING
+
+
 def _name(row: Row) -> Text:
     name = Text(f"{row.report} {clean(row.program, 17)}{' *' if row.selected else ''}".lstrip())
-    for flag in row.flags[:5]:
-        name.append(f"\n! {clean(flag, 17)}", style="red" if flag == FAILED else "yellow")
     if row.kind == "emulated":
         name.append("\n  emulated", style="dim")
     return name

@@ -353,17 +353,17 @@ def test_any_number_of_programs_and_reports(programs: tuple[str, ...], count: in
 # --- the other two ------------------------------------------------------------------------------------------------
 
 
-def test_the_table_fits_a_hundred_columns() -> None:
+def test_the_table_fits_eighty_columns() -> None:
     programs = (*PROGRAMS, "executorch-int8")
     bundle = manifest(programs)
     seen = flagged(report(programs, bundle=bundle), "throttled", "too_few_queries")
-    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
+    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
     console.print(table(bundle, [seen, report(programs, bundle=bundle, kind="emulated")]))
     text = console.export_text()
-    assert max(map(len, text.rstrip().splitlines())) <= 100 and "…" not in text
+    assert max(map(len, text.rstrip().splitlines())) <= 80 and "…" not in text
     timed = seen.results[1].latency
     assert timed is not None and number(timed.p50_ms) in text
-    labels = ("no sensor", "emulated: timing says nothing", "predicted: modelled", "! too_few_queries")
+    labels = ("sensor", "emulated: timing says nothing", "modelled: before anyone", "throttled, too_few_queries")
     for words in (*labels, "A litert-int8 *"):
         assert words in text, words
 
