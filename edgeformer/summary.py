@@ -172,7 +172,7 @@ def table(manifest: Manifest, reports: Sequence[Report]) -> Table:
     heads += ("energy",)
     lines = [_cells(row) for row in found]
     shown = [i for i in range(len(heads)) if i == 0 or any(str(line[i]) != MISSING for line in lines)]
-    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 1), pad_edge=False)
+    made = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
     for i in shown:
         made.add_column(heads[i], justify="right" if i else "left", overflow="fold", min_width=0 if i else 15)
     for i, (row, line) in enumerate(zip(found, lines, strict=True)):
@@ -187,6 +187,8 @@ def table(manifest: Manifest, reports: Sequence[Report]) -> Table:
 def _caption(found: Sequence[Row], reports: Sequence[Report]) -> Text:
     """Which run is which, and what makes its numbers doubtful."""
     caption = Text("\n".join(_run(letter(i), report) for i, report in enumerate(reports)) or "nothing was run")
+    if reports and not any(row.energy for row in found):
+        caption.append(f"\nenergy: {NO_SENSOR}")
     for row in found:
         flags = ", ".join(clean(flag, 24) for flag in row.flags[:8])
         if flags:
@@ -339,13 +341,14 @@ def _cells(row: Row) -> list[Text]:
         Text(f"{share(fidelity.mean)}\n{share(fidelity.worst)}" if fidelity else MISSING),
         Text(f"{share(fidelity.value)}\n({share(fidelity.reference)})" if fidelity and fidelity.metric else MISSING),
         Text(f"{number(memory.peak_rss_mb)}\n+{number(memory.growth_mb)}" if memory else MISSING, style=dim),
-        Text(energy_text(row), style=dim),
+        Text(energy_text(row) if row.energy else MISSING, style=dim),
     ]
 
 
 def _band(row: Row) -> str:
     band = row.band
-    return f"{number(band[1])}\n{number(band[0])}–{number(band[2])}" if band else MISSING
+    said = row.predicted
+    return f"{number(band[1])}\n×{said.low:g}–{said.high:g}" if band and said else MISSING
 
 
 def _name(row: Row) -> Text:
