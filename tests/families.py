@@ -67,4 +67,5 @@ def tokenizer() -> Any:
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     names = {f"{t.strip('[]').lower()}_token": t for t in special}
-    return hf.PreTrainedTokenizerFast(tokenizer_object=made, **names)
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    return hf.PreTrainedTokenizerFast(tokenizer_object=made, model_input_names=inputs, **names)

@@ -130,29 +130,20 @@ def program(detours: int = 0) -> bytes:
     from onnx import TensorProto, numpy_helper
 
     nodes = [helper.make_node("Gather", ["table", "input_ids"], ["x0"])]
-    wide = helper.make_tensor("side", TensorProto.INT64, [2], [2, 512])
     for i in range(detours):
-        nodes += [
-            helper.make_node("MatMul", [f"x{i}", "there"], [f"wide{i}"]),
-            helper.make_node("MatMul", [f"wide{i}", "back"], [f"x{i + 1}"]),
-        ]
-    if detours:
-        nodes[:0] = [
-            helper.make_node("ConstantOfShape", ["shape"], ["blank"]),
-            helper.make_node("EyeLike", ["blank"], ["there"]),
-            helper.make_node("Transpose", ["there"], ["back"]),
-        ]
-        wide.name = "shape"
-    nodes.append(helper.make_node("ReduceMean", [f"x{detours}", "axis"], ["logits"], keepdims=0))
+        nodes.append(helper.make_node("MatMul", [f"x{i}", "there"], [f"wide{i}"]))
+        nodes.append(helper.make_node("MatMul", [f"wide{i}", "back"], [f"x{i + 1}"]))
+    nodes.append(helper.make_node("ReduceMean", [f"x{detours}"], ["logits"], axes=[1], keepdims=0))
+    wide = np.eye(2, 512, dtype=np.float32)
+    weights = {"table": TABLE, "there": wide, "back": wide.T}
     graph = helper.make_graph(
         nodes,
         "mean",
         [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "tokens"])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 2])],
-        [numpy_helper.from_array(TABLE, "table"), helper.make_tensor("axis", TensorProto.INT64, [1], [1])]
-        + ([wide] if detours else []),
+        [numpy_helper.from_array(array, name) for name, array in weights.items() if detours or name == "table"],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=7)
     return bytes(model.SerializeToString())
 
 

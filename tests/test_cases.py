@@ -117,14 +117,14 @@ SHAPES = np.int32([[5], [1], [3]])
     [
         {"input__input_ids__shapes": SHAPES + 1},
         {"input__input_ids__shapes": SHAPES - np.int32([[0], [0], [1]])},  # values left over
-        {"input__input_ids__shapes": np.int32([[9], [1], [-1]])},  # the sum is right
+        {"input__input_ids__shapes": np.int32([[9], [-1], [1]])},  # the sum is right, every slice fits
         {"input__input_ids__shapes": np.int32([[-5, -1], [-1, -1], [-3, -1]])},  # the products are right
         {"input__input_ids__shapes": np.int32([5, 1, 3])},
         {"input__input_ids__shapes": np.int32(9)},
         {"input__input_ids__shapes": np.int32([[9]])},  # one row, where the mask has three
         {"input__input_ids__shapes": np.array([["5"], ["1"], ["x"]])},
         {"input__input_ids__values": np.arange(8, dtype=np.int32)},
-        {"input__input_ids__values": np.arange(9, dtype=np.int32).reshape(3, 3)},
+        {"input__input_ids__values": np.arange(9, dtype=np.int32).reshape(9, 1)},
         {"output__onnx-int8__shapes": np.int32([[2], [4]])},
         {"input__input_ids__values": None},
         {"input__input_ids__shapes": None},

@@ -363,7 +363,12 @@ def test_the_table_fits_eighty_columns() -> None:
     assert max(map(len, text.rstrip().splitlines())) <= 80 and "…" not in text
     timed = seen.results[1].latency
     assert timed is not None and number(timed.p50_ms) in text
-    labels = ("energy: no sensor", "emulated: timing says nothing", "modelled: before anyone", "throttled, too_few_queries")
+    labels = (
+        "energy: no sensor",
+        "emulated: timing says nothing",
+        "modelled: before anyone",
+        "throttled, too_few_queries",
+    )
     for words in (*labels, "A litert-int8 *"):
         assert words in text, words
 

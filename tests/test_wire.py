@@ -5,6 +5,7 @@ The wire format: golden bytes that bind the agents in other languages, and a rea
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
@@ -375,19 +376,26 @@ def test_facts_may_nest() -> None:
     assert wire.load_report(wire.dump(made)) == made
 
 
-@pytest.mark.parametrize("old", ['"name": "minilm-sst2"', '"cpu-thermal": 47.2', '"tensorrt-fp16": ', '"flags": []'])
-def test_half_of_a_surrogate_pair(old: str) -> None:
-    """Python reads it and cannot write it: keys and values, typed and free."""
-    new = {
-        '"name": "minilm-sst2"': '"name": "\\ud800"',
-        '"cpu-thermal": 47.2': '"\\udfff": 47.2',
-        '"tensorrt-fp16": ': '"\\ud800": ',
-        '"flags": []': '"flags": ["\\udc00"]',
-    }[old]
-    text = golden("report").decode()
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("report", '"name": "minilm-sst2"', '"name": "\\ud800"'),
+        ("report", '"flags": []', '"flags": ["\\udc00"]'),
+        ("report", '"tensorrt-fp16": ', '"\\ud800": '),
+        ("report", '"cpu-thermal": 47.2', '"\\udfff": 47.2'),
+        ("report", '"asimd"', '"\\ud834"'),
+        ("manifest", '"builder": "edgeformer 0.1.0"', '"builder": "\\udbff"'),
+        ("manifest", '"programs/b"', '"\\udcff"'),
+    ],
+)
+def test_half_of_a_surrogate_pair(name: str, old: str, new: str) -> None:
+    """Python reads it and cannot write it: in keys and values, typed and free."""
+    text = golden(name).decode()
     assert old in text
     with pytest.raises(wire.WireError, match="surrogate"):
-        wire.load_report(text.replace(old, new).encode())
+        decode(name, text.replace(old, new).encode())
+    pair = re.sub(r"\\u\w{4}", lambda _: r"\ud834\udd1f", new)
+    decode(name, text.replace(old, pair).encode())
 
 
 @pytest.mark.parametrize(

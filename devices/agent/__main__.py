@@ -133,7 +133,7 @@ def _run(options):
     report = _report(options, manifest, started, tuple(results), skipped)
     _write(options.out, wire.dump(report))
     if not results:
-        raise Stop(MISSING, "no program could run here: {}".format("; ".join(sorted(skipped.values()))))
+        raise Stop(MISSING, "no program could run here: {}".format("; ".join(sorted(set(skipped.values())))))
     if report.selected is None:
         raise Stop(REFUSED, "no program passed its self-check; the report says how far off it was")
     if options.home:
