@@ -84,10 +84,11 @@ def hold(name: str, found: wire.Fidelity, limit: wire.Gate) -> None:
         what, got, least = f"mean {found.measure} with fp32", found.mean, float(getattr(limit, found.measure))
         of, share = f"the worst row has {found.worst:.4f}", found.mean
     if not got >= least:  # NaN fails too
-        loosen = f", or loosen the gate on purpose: gate={_below(share)}" if share > 0 else ""
+        digits = 8 if 0 <= least - got < 1e-4 else 4  # "1.0000 is below 1.0000" helps nobody
         raise GateFailed(
-            f"{name}: {what} {got:.4f} on {found.rows} rows is below the gate {least:.4f} ({of}) by {least - got:.4f}; "
-            f"nothing was packaged. Use another precision{loosen}"
+            f"{name}: {what} {got:.{digits}f} on {found.rows} rows is below the gate {least:.{digits}f} ({of}) "
+            f"by {least - got:.{digits}f}; nothing was packaged. "
+            f"Use another precision, or loosen the gate on purpose: gate={_below(share)}"
         )
 
 

@@ -168,8 +168,8 @@ def table(manifest: Manifest, reports: Sequence[Report]) -> Table:
         "fidelity\nworst",
         f"{task}\n(fp32)",
         "MB held\n+grown",
+        "energy",
     )
-    heads += ("energy",)
     lines = [_cells(row) for row in found]
     shown = [i for i in range(len(heads)) if i == 0 or any(str(line[i]) != MISSING for line in lines)]
     made = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)

@@ -509,6 +509,7 @@ bundle._move = between
     assert state(tmp_path / "b") == (3, 3)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     """The folder and the archive are complete at every moment; only the moment decides which version."""
     folder, version, drawn = tmp_path / "b", 0, random.Random(5)

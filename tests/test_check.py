@@ -89,6 +89,21 @@ def test_the_message_has_the_program_both_numbers_and_what_to_do() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("mean", "says"),
+    [
+        (0.98496, "0.984960 on 32 rows is below the gate 0.985000 (the worst row has 0.1234) by 0.000040;"),
+        (
+            0.985 - 4e-8,
+            "0.984999960 on 32 rows is below the gate 0.985000000 (the worst row has 0.1234) by 0.000000040;",
+        ),
+    ],
+)
+def test_numbers_that_are_close_are_written_out(mean: float, says: str) -> None:
+    """Not "0.9850 is below 0.9850 by 0.0000"."""
+    assert says in refused(found(mean), DEFAULT_GATE)
+
+
 @pytest.mark.parametrize("mean", [NAN, -1.0, 0.0])
 def test_what_no_gate_lets_through_is_not_told_to_loosen_it(mean: float) -> None:
     message = refused(found(mean), DEFAULT_GATE)

@@ -72,6 +72,7 @@ def test_nothing_of_this_machine_is_in_a_file(format: str) -> None:
             assert trace.encode() not in content, (program.name, trace)
 
 
+@pytest.mark.slow
 def test_onnx_is_plain_and_any_length_runs(tmp_path: Path) -> None:
     model = models.load(families.tiny("electra"), name="tiny", lengths=(48,))
     fp32, int8 = formats.load("onnx").export(model, PI, ["fp32", "int8"])
