@@ -85,10 +85,10 @@ def hold(name: str, found: wire.Fidelity, limit: wire.Gate) -> None:
         of, share = f"the worst row has {found.worst:.4f}", found.mean
     if not got >= least:  # NaN fails too
         digits = 8 if 0 <= least - got < 1e-4 else 4  # "1.0000 is below 1.0000" helps nobody
+        loosen = f", or loosen the gate on purpose: gate={_below(share)}" if share > 0 else ""
         raise GateFailed(
             f"{name}: {what} {got:.{digits}f} on {found.rows} rows is below the gate {least:.{digits}f} ({of}) "
-            f"by {least - got:.{digits}f}; nothing was packaged. "
-            f"Use another precision, or loosen the gate on purpose: gate={_below(share)}"
+            f"by {least - got:.{digits}f}; nothing was packaged. Use another precision{loosen}"
         )
 
 

@@ -92,10 +92,10 @@ def test_the_message_has_the_program_both_numbers_and_what_to_do() -> None:
 @pytest.mark.parametrize(
     ("mean", "says"),
     [
-        (0.98496, "0.984960 on 32 rows is below the gate 0.985000 (the worst row has 0.1234) by 0.000040;"),
+        (0.98496, "0.98496000 on 32 rows is below the gate 0.98500000 (the worst row has 0.1234) by 0.00004000;"),
         (
             0.985 - 4e-8,
-            "0.984999960 on 32 rows is below the gate 0.985000000 (the worst row has 0.1234) by 0.000000040;",
+            "0.98499996 on 32 rows is below the gate 0.98500000 (the worst row has 0.1234) by 0.00000004;",
         ),
     ],
 )
