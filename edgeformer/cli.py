@@ -25,6 +25,8 @@ from rich.text import Text
 
 from .errors import BadInput, EdgeformerError
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="edgeformer",
     help="Build, ship and measure transformers on phones and boards.",
@@ -34,7 +36,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-keys_app = typer.Typer(no_args_is_help=True, help="Keys that sign bundles, and keys of others that are trusted here.")
+keys_INTERRUPTED = 130
+
+app = typer.Typer(no_args_is_help=True, help="Keys that sign bundles, and keys of others that are trusted here.")
 app.add_typer(keys_app, name="keys")
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
@@ -84,13 +88,15 @@ def _guarded(screen: Screen) -> int:
     as_json = "--json" in sys.argv
     try:
         code = app(standalone_mode=False, obj=screen)
+        if code == INTERRUPTED:  # typer answers Ctrl-C itself
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except EdgeformerError as error:
         return _failed(screen, as_json, str(error), error.exit_code)
     except typer.Exit as stop:
         return stop.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        return _failed(screen, as_json, "interrupted; what was there before is unchanged", 130)
+        return _failed(screen, as_json, "interrupted; what was there before is unchanged", INTERRUPTED)
     except Exception as error:
         if hasattr(error, "format_message"):  # a wrong option; typer's own exception class is not public
             hint = getattr(getattr(error, "ctx", None), "command_path", "edgeformer")

@@ -10,6 +10,7 @@ counts the work on what it wrote. It imports its tool chain at its own top, so a
 The module in `devices/agent/runners` with the same stem opens what it writes.
 """
 
+import os
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +29,8 @@ def load(name: str) -> ModuleType:
     """The module of one format. Raises UnknownFormat or MissingExtra."""
     if name not in names():
         raise UnknownFormat(name, names())
+    # ONNX Runtime 1.29 and later report every session to their maker, unless told before they are imported.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     try:
         return import_module(f"{__name__}.{name}")
     except ImportError as error:
