@@ -1,0 +1,1 @@
+"""Build, ship and measure transformers on phones and boards."""
