@@ -38,7 +38,7 @@ TARGETS = {
     "android-aarch64": Target("aarch64-linux-android", "aarch64", False),
     "ios-aarch64": Target("aarch64-ios", "aarch64", False),
 }
-FLAGS = "-std=c11 -O3 -fPIC -Wall -Wextra -Werror -fno-sanitize=all".split()
+FLAGS = "-std=c11 -O3 -fPIC -Wall -Wextra -Werror -fvisibility=hidden -fno-sanitize=all".split()
 CORE = ("dsa", "dispatch", "cpu")
 
 

@@ -74,7 +74,7 @@ typedef struct {
     float *k_shift, *v_scale; /* i8: [batch][kv_heads][dim] each */
     float *k_scale;        /* i8: [batch][kv_heads][nK] */
     int8_t *k8, *v8;       /* i8: [batch][kv_heads][nK][block_k * dim] each */
-    int32_t *k_sum, *v_sum; /* i8: [batch][kv_heads][nK][block_k], [..][dim] */
+    int32_t *v_sum;         /* i8: [batch][kv_heads][nK][dim] */
     char *thread;          /* [threads][thread_bytes] */
     size_t thread_bytes;
 } memory;
@@ -101,7 +101,7 @@ static select_scratch select_layout(arena *a, const dsa_config *c) {
 /* Per thread, attending: one query block as strips, and one strip of logits. */
 typedef struct {
     float *q, *o, *s, *high, *top, *sum, *alpha, *beta, *q_scale;
-    int32_t *p8;
+    int32_t *p8, *q_sum;
 } attend_scratch;
 
 static attend_scratch attend_layout(arena *a, const dsa_config *c) {
@@ -117,6 +117,7 @@ static attend_scratch attend_layout(arena *a, const dsa_config *c) {
     s.top = take(a, 4 * rows);
     s.sum = take(a, 4 * rows);
     s.q_scale = take(a, 4 * rows);
+    s.q_sum = take(a, 4 * rows);
     return s;
 }
 
@@ -133,7 +134,6 @@ static memory layout(arena *a, const dsa_config *c, int32_t threads) {
     m.k_scale = take(a, i8 * 4 * kv * n);
     m.k8 = take(a, i8 * kv * n * bk * dim);
     m.v8 = take(a, i8 * kv * n * bk * dim);
-    m.k_sum = take(a, i8 * 4 * kv * n * bk);
     m.v_sum = take(a, i8 * 4 * kv * n * dim);
     arena one = {NULL, 0}, other = {NULL, 0};
     select_layout(&one, c);
@@ -205,20 +205,26 @@ static int32_t candidates(const call *a, int32_t b, int32_t i, int32_t rows) {
 /* ---- Select. */
 
 static void mean_of(const dsa_kernel_set *set, const float *x, ptrdiff_t row, int32_t rows, int32_t dim, float *mean) {
-    for (int32_t d = 0; d < dim; d++) mean[d] = 0;
-    set->columns(x, row, rows, dim, mean, NULL);
+    set->sums(x, row, rows, dim, mean);
     for (int32_t d = 0; d < dim; d++) mean[d] /= (float)rows;
+}
+
+/* `n` columns of mean[dim] w[dim][rank]; n is a constant where it matters, so that the sums stay in registers. */
+static inline __attribute__((always_inline)) void project_columns(const float *mean, const float *w, int32_t dim,
+                                                                  int32_t rank, const int32_t n, float *out,
+                                                                  size_t stride) {
+    float sum[16] = {0};
+    for (int32_t d = 0; d < dim; d++)
+        for (int32_t x = 0; x < n; x++) sum[x] += mean[d] * w[d * rank + x];
+    for (int32_t x = 0; x < n; x++) out[(size_t)x * stride] = sum[x];
 }
 
 /* out[x * stride] = sum over d of mean[d] * w[d][x] */
 static void project(const float *mean, const float *w, int32_t dim, int32_t rank, float *out, size_t stride) {
-    for (int32_t from = 0; from < rank; from += 16) {
-        int32_t n = least(16, rank - from);
-        float sum[16] = {0};
-        for (int32_t d = 0; d < dim; d++)
-            for (int32_t x = 0; x < n; x++) sum[x] += mean[d] * w[d * rank + from + x];
-        for (int32_t x = 0; x < n; x++) out[(size_t)(from + x) * stride] = sum[x];
-    }
+    int32_t x = 0;
+    for (; x + 16 <= rank; x += 16) project_columns(mean, w + x, dim, rank, 16, out + (size_t)x * stride, stride);
+    for (; x + 8 <= rank; x += 8) project_columns(mean, w + x, dim, rank, 8, out + (size_t)x * stride, stride);
+    for (; x < rank; x++) project_columns(mean, w + x, dim, rank, 1, out + (size_t)x * stride, stride);
 }
 
 static void pool_keys(void *arg, int32_t i, int32_t thread) {
@@ -440,8 +446,7 @@ static void measure_kv(void *arg, int32_t i, int32_t thread) {
     float *shift = a->m.k_shift + (size_t)i * (size_t)c->dim, *scale = a->m.v_scale + (size_t)i * (size_t)c->dim;
     (void)thread;
     mean_of(a->set, head_of(a->k, b, g), a->k.row, rows, c->dim, shift);
-    for (int32_t d = 0; d < c->dim; d++) scale[d] = 0;
-    a->set->columns(head_of(a->v, b, g), a->v.row, rows, c->dim, NULL, scale);
+    a->set->peaks(head_of(a->v, b, g), a->v.row, rows, c->dim, scale);
     for (int32_t d = 0; d < c->dim; d++) scale[d] *= 1.0f / 127;
 }
 
@@ -454,8 +459,7 @@ static void pack_block(void *arg, int32_t i, int32_t thread) {
     (void)thread;
     if (keys <= 0) return;
     a->set->pack_k(head_of(a->k, b, g) + (ptrdiff_t)j * c->block_k * a->k.row, a->k.row, keys, c->dim,
-                   a->m.k_shift + (size_t)kv * dim, a->m.k8 + at * bytes, a->m.k_sum + at * (size_t)c->block_k,
-                   a->m.k_scale + at);
+                   a->m.k_shift + (size_t)kv * dim, a->m.k8 + at * bytes, a->m.k_scale + at);
     a->set->pack_v(head_of(a->v, b, g) + (ptrdiff_t)j * c->block_k * a->v.row, a->v.row, keys, c->dim,
                    a->m.v_scale + (size_t)kv * dim, a->m.v8 + at * bytes, a->m.v_sum + at * dim);
 }
@@ -469,7 +473,6 @@ static void take_block(const call *a, dsa_strip *t, int32_t b, int32_t g, int32_
     if (c->compute != DSA_I8) return;
     t->k8 = a->m.k8 + at * (size_t)c->block_k * dim;
     t->v8 = a->m.v8 + at * (size_t)c->block_k * dim;
-    t->k_sum = a->m.k_sum + at * (size_t)c->block_k;
     t->v_sum = a->m.v_sum + at * dim;
     t->k_scale = a->m.k_scale[at];
 }
@@ -516,6 +519,7 @@ static dsa_strip strip_at(const call *a, const attend_scratch *s, int32_t from, 
     t.top = s->top + from;
     t.sum = s->sum + from;
     t.q_scale = s->q_scale + from;
+    t.q_sum = s->q_sum + from;
     return t;
 }
 

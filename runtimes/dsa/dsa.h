@@ -8,6 +8,7 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+#pragma GCC visibility push(default)
 
 enum { DSA_THRESHOLD, DSA_TOP_P, DSA_TOP_K };
 enum { DSA_F32, DSA_I8, DSA_BF16 };
@@ -78,6 +79,7 @@ dsa_status dsa_fused(const dsa_config *c, dsa_tensor q, dsa_tensor k, dsa_tensor
 const char *dsa_kernels(void);
 int dsa_limit(const char *name);
 
+#pragma GCC visibility pop
 #ifdef __cplusplus
 }
 #endif

@@ -7,7 +7,7 @@ typedef const float *lanes; /* a broadcast from memory costs no more than a load
 typedef const char *ilanes;
 #define WIDTH 8
 #define ROWS 6 /* 12 accumulators of 16 registers */
-#define Q_SHIFT 128
+#define K_SHIFT 128
 #define P_SHIFT 0
 #define vload _mm256_loadu_ps
 #define vstore _mm256_storeu_ps
@@ -15,6 +15,8 @@ typedef const char *ilanes;
 #define vadd _mm256_add_ps
 #define vsub _mm256_sub_ps
 #define vmul _mm256_mul_ps
+#define vdiv _mm256_div_ps
+#define vabs(x) _mm256_andnot_ps(vset(-0.0f), x)
 #define vmax _mm256_max_ps
 #define vfma _mm256_fmadd_ps
 #define vexponent(t) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t), 23))
@@ -25,6 +27,7 @@ typedef const char *ilanes;
 #define iset _mm256_set1_epi32
 #define iadd _mm256_add_epi32
 #define imul _mm256_mullo_epi32
+#define iand _mm256_and_si256
 #define ior _mm256_or_si256
 #define ixor _mm256_xor_si256
 #define ishift _mm256_slli_epi32
@@ -34,6 +37,14 @@ typedef const char *ilanes;
 #define ilane(a, i) iset(*(const word32 *)(const void *)((a) + 4 * (i)))
 typedef int32_t word32 __attribute__((aligned(1), may_alias));
 
+static inline void store_bytes(int8_t *p, __m256i x) {
+    __m256i pick = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1, -1, -1,
+                                    -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    __m256i words = _mm256_shuffle_epi8(x, pick);
+    *(word32 *)(void *)p = _mm256_extract_epi32(words, 0);
+    *(word32 *)(void *)(p + 4) = _mm256_extract_epi32(words, 4);
+}
+
 /* sum + the four products u8 x s8 of each word; vpmaddubsw would saturate at 16 bits */
 static inline __m256i dot4(__m256i sum, __m256i u8, __m256i s8) {
     const __m256i even = _mm256_set1_epi16(255);
@@ -41,7 +52,7 @@ static inline __m256i dot4(__m256i sum, __m256i u8, __m256i s8) {
     __m256i b = _mm256_madd_epi16(_mm256_srli_epi16(u8, 8), _mm256_srai_epi16(s8, 8));
     return _mm256_add_epi32(sum, _mm256_add_epi32(a, b));
 }
-#define dot4_q dot4
+#define dot4_k dot4
 #define dot4_p dot4
 #include "kernel_simd.h"
 

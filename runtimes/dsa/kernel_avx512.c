@@ -8,7 +8,7 @@ typedef const float *lanes; /* a broadcast from memory costs no more than a load
 typedef const char *ilanes;
 #define WIDTH 16
 #define ROWS 8
-#define Q_SHIFT 128
+#define K_SHIFT 128
 #define P_SHIFT 0
 #define vload _mm512_loadu_ps
 #define vstore _mm512_storeu_ps
@@ -16,6 +16,8 @@ typedef const char *ilanes;
 #define vadd _mm512_add_ps
 #define vsub _mm512_sub_ps
 #define vmul _mm512_mul_ps
+#define vdiv _mm512_div_ps
+#define vabs _mm512_abs_ps
 #define vmax _mm512_max_ps
 #define vfma _mm512_fmadd_ps
 #define vexponent(t) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t), 23))
@@ -26,9 +28,11 @@ typedef const char *ilanes;
 #define iset _mm512_set1_epi32
 #define iadd _mm512_add_epi32
 #define imul _mm512_mullo_epi32
+#define iand _mm512_and_si512
 #define ior _mm512_or_si512
 #define ixor _mm512_xor_si512
 #define ishift _mm512_slli_epi32
+#define store_bytes(p, x) _mm_storeu_si128((__m128i *)(void *)(p), _mm512_cvtepi32_epi8(x))
 #define to_float _mm512_cvtepi32_ps
 #define to_int _mm512_cvtps_epi32
 #define ilanes_at(p) ((const char *)(p))
@@ -46,7 +50,7 @@ static inline __m512i dot4(__m512i sum, __m512i u8, __m512i s8) {
     return _mm512_add_epi32(sum, _mm512_add_epi32(a, b));
 }
 #endif
-#define dot4_q dot4
+#define dot4_k dot4
 #define dot4_p dot4
 #include "kernel_simd.h"
 

@@ -8,7 +8,7 @@ typedef float32x4_t lanes; /* one load, then fmla by element */
 typedef int32x4_t ilanes;
 #define WIDTH 4
 #define ROWS 8
-#define Q_SHIFT 0
+#define K_SHIFT 0
 #define P_SHIFT 128 /* sdot is signed by signed */
 #define vload vld1q_f32
 #define vstore vst1q_f32
@@ -16,6 +16,8 @@ typedef int32x4_t ilanes;
 #define vadd vaddq_f32
 #define vsub vsubq_f32
 #define vmul vmulq_f32
+#define vdiv vdivq_f32
+#define vabs vabsq_f32
 #define vmax vmaxq_f32
 #define vfma(a, b, sum) vfmaq_f32(sum, a, b)
 #define vexponent(t) vreinterpretq_f32_s32(vshlq_n_s32(vreinterpretq_s32_f32(t), 23))
@@ -26,6 +28,7 @@ typedef int32x4_t ilanes;
 #define iset vdupq_n_s32
 #define iadd vaddq_s32
 #define imul vmulq_s32
+#define iand vandq_s32
 #define ior vorrq_s32
 #define ixor veorq_s32
 #define ishift(x, n) vshlq_s32(x, iset(n))
@@ -33,6 +36,11 @@ typedef int32x4_t ilanes;
 #define to_int vcvtnq_s32_f32
 #define ilanes_at iload
 #define ilane(a, i) iset((a)[i])
+
+static inline void store_bytes(int8_t *p, int32x4_t x) {
+    int16x4_t half = vmovn_s32(x);
+    vst1_lane_s32((int32_t *)(void *)p, vreinterpret_s32_s8(vmovn_s16(vcombine_s16(half, half))), 0);
+}
 
 /* sum + the four products s8 x s8 of each word; symmetric */
 static inline int32x4_t dot4(int32x4_t sum, int32x4_t a, int32x4_t b) {
@@ -45,7 +53,7 @@ static inline int32x4_t dot4(int32x4_t sum, int32x4_t a, int32x4_t b) {
     return vpadalq_s16(sum, vpaddq_s16(low, high));
 #endif
 }
-#define dot4_q dot4
+#define dot4_k dot4
 #define dot4_p dot4
 #include "kernel_simd.h"
 

@@ -3,8 +3,6 @@
 
 #define WIDTH 8
 #define STRIP (2 * WIDTH)
-#define Q_SHIFT 0
-#define P_SHIFT 0
 #include "kernel_plain.h"
 
 /* 2^x for x <= 8; below -126 it stays at 2^-126. NaN stays NaN. */
@@ -60,6 +58,46 @@ static void pv(const dsa_strip *t) {
         }
 }
 
+static void sums(const float *x, ptrdiff_t row, int rows, int dim, float *sum) {
+    for (int d = 0; d < dim; d++) sum[d] = 0;
+    for (int r = 0; r < rows; r++)
+        for (int d = 0; d < dim; d++) sum[d] += x[r * row + d];
+}
+
+static float larger(float most, float x) {
+    x = x < 0 ? -x : x;
+    return x > most ? x : most;
+}
+
+static void peaks(const float *x, ptrdiff_t row, int rows, int dim, float *peak) {
+    for (int d = 0; d < dim; d++) peak[d] = 0;
+    for (int r = 0; r < rows; r++)
+        for (int d = 0; d < dim; d++) peak[d] = larger(peak[d], x[r * row + d]);
+}
+
+static void load8(const dsa_strip *t, const float *q, ptrdiff_t row, float scale) {
+    for (int r = 0; r < t->lanes; r++) {
+        float peak = 1e-30f;
+        for (int d = 0; d < t->dim && r < t->rows; d++) peak = larger(peak, q[r * row + d]);
+        t->q_scale[r] = peak * (scale / 127);
+        t->q_sum[r] = 0; /* needed only by sets that shift the bytes of K */
+        for (int d = 0; d < t->dim; d += 4) {
+            int32_t a[4];
+            for (int i = 0; i < 4; i++) a[i] = r < t->rows ? nearest(q[r * row + d + i] * (127 / peak)) : 0;
+            t->q8[d / 4 * STRIP + r] = word(a[0], a[1], a[2], a[3]);
+        }
+    }
+}
+
+static void pack_k(const float *k, ptrdiff_t row, int keys, int dim, const float *mean, int8_t *k8, float *k_scale) {
+    float peak = 1e-30f;
+    for (int r = 0; r < keys; r++)
+        for (int d = 0; d < dim; d++) peak = larger(peak, k[r * row + d] - mean[d]);
+    *k_scale = peak / 127;
+    for (int r = 0; r < keys; r++)
+        for (int d = 0; d < dim; d++) k8[r * dim + d] = (int8_t)nearest((k[r * row + d] - mean[d]) * (127 / peak));
+}
+
 static int8_t byte(int32_t w, int i) { return (int8_t)((uint32_t)w >> 8 * i); }
 
 static void qk8(const dsa_strip *t) {
@@ -101,4 +139,4 @@ static void pv8(const dsa_strip *t) {
 }
 
 const dsa_kernel_set dsa_kernels_scalar = {"scalar", WIDTH,    load_q, qk,      softmax, pv,    store_rows,
-                                           load8,    qk8,      softmax8, pv8, columns, pack_k, pack_v};
+                                           load8,    qk8,      softmax8, pv8, sums, peaks, pack_k, pack_v};

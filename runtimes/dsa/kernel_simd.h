@@ -2,8 +2,8 @@
  *   vec, WIDTH, ROWS (of a register tile; the tile is ROWS x 2 vectors), vload, vstore, vset (broadcast),
  *   vadd, vsub, vmul, vmax (of two, NaN in the second wins), vfma(a, b, sum), vexponent (low bits << 23 as a float),
  *   lanes, lanes_at, lane (four consecutive floats, and one of them in every lane),
- *   ivec, iload, istore, iset, iadd, imul, ior, ixor, ishift (left), to_float, to_int (nearest), ilanes, ilanes_at, ilane,
- *   dot4_q(sum, q, k), dot4_p(sum, p, v): products of bytes summed per word. */
+ *   vabs, ivec, iload, istore, iset, iadd, imul, iand, ior, ixor, ishift (left), to_float, to_int (nearest),
+ *   ilanes, ilanes_at, ilane, store_bytes (the low byte of each word), dot4_k(sum, k, q) and dot4_p(sum, p, v). */
 #define STRIP (2 * WIDTH)
 #define INLINE static inline __attribute__((always_inline))
 #include "kernel_plain.h"
@@ -143,12 +143,73 @@ static void pv(const dsa_strip *t) {
     for (; d < t->dim; d += WIDTH) pv_rows(t, d, 1);
 }
 
-/* int8: the same tiles over words of four bytes. */
+INLINE void column_sums(const float *x, ptrdiff_t row, int rows, const int vectors, float *sum) {
+    vec total[4];
+    for (int j = 0; j < vectors; j++) total[j] = vset(0.0f);
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < vectors; j++) total[j] = vadd(total[j], vload(x + r * row + j * WIDTH));
+    for (int j = 0; j < vectors; j++) vstore(sum + j * WIDTH, total[j]);
+}
+
+static void sums(const float *x, ptrdiff_t row, int rows, int dim, float *sum) {
+    int d = 0;
+    for (; d + 4 * WIDTH <= dim; d += 4 * WIDTH) column_sums(x + d, row, rows, 4, sum + d);
+    for (; d < dim; d += WIDTH) column_sums(x + d, row, rows, 1, sum + d);
+}
+
+static void peaks(const float *x, ptrdiff_t row, int rows, int dim, float *peak) {
+    for (int d = 0; d < dim; d += WIDTH) {
+        vec most = vset(0.0f);
+        for (int r = 0; r < rows; r++) most = vmax(most, vabs(vload(x + r * row + d)));
+        vstore(peak + d, most);
+    }
+}
+
+/* int8. One scale per query; in place, since word d/4 is written after its four floats were read. */
+static void load8(const dsa_strip *t, const float *q, ptrdiff_t row, float scale) {
+    load_q(t, q, row, 1.0f);
+    for (int at = 0; at < t->lanes; at += WIDTH) {
+        const ivec byte = iset(255);
+        vec peak = vset(1e-30f);
+        ivec sum = iset(0);
+        for (int d = 0; d < t->dim; d++) peak = vmax(peak, vabs(vload(t->q + d * STRIP + at)));
+        vstore(t->q_scale + at, vmul(peak, vset(scale / 127)));
+        vec inverse = vdiv(vset(127.0f), peak);
+        for (int d = 0; d < t->dim; d += 4) {
+            ivec packed = iset(0);
+            for (int x = 0; x < 4; x++) {
+                ivec a = to_int(vmul(vload(t->q + (d + x) * STRIP + at), inverse));
+                sum = iadd(sum, a);
+                packed = ior(packed, ishift(iand(a, byte), 8 * x));
+            }
+            istore(t->q8 + d / 4 * STRIP + at, packed);
+        }
+        istore(t->q_sum + at, sum);
+    }
+}
+
+static void pack_k(const float *k, ptrdiff_t row, int keys, int dim, const float *mean, int8_t *k8, float *k_scale) {
+    float peak = 1e-30f, lane[WIDTH];
+    vec most = vset(peak);
+    for (int r = 0; r < keys; r++)
+        for (int d = 0; d < dim; d += WIDTH) most = vmax(most, vabs(vsub(vload(k + r * row + d), vload(mean + d))));
+    vstore(lane, most);
+    for (int i = 0; i < WIDTH; i++) peak = lane[i] > peak ? lane[i] : peak;
+    *k_scale = peak / 127;
+    vec inverse = vset(127 / peak);
+    for (int r = 0; r < keys; r++)
+        for (int d = 0; d < dim; d += WIDTH) {
+            ivec a = to_int(vmul(vsub(vload(k + r * row + d), vload(mean + d)), inverse));
+            store_bytes(k8 + r * dim + d, ixor(a, iset(K_SHIFT)));
+        }
+}
+
+/* The same tiles as above over words of four bytes. */
 INLINE void qk8_tile(const dsa_strip *t, int first, const int rows, const int vectors, vec *high) {
     ivec sum[ROWS][2];
     const int8_t *k = t->k8 + first * t->dim;
     for (int i = 0; i < rows; i++)
-        for (int j = 0; j < vectors; j++) sum[i][j] = iset(-Q_SHIFT * t->k_sum[first + i]);
+        for (int j = 0; j < vectors; j++) sum[i][j] = K_SHIFT ? imul(iload(t->q_sum + j * WIDTH), iset(-K_SHIFT)) : iset(0);
     for (int d = 0; d < t->dim; d += 16) {
         ilanes a[ROWS];
         for (int i = 0; i < rows; i++) a[i] = ilanes_at(k + i * t->dim + d);
@@ -156,7 +217,7 @@ INLINE void qk8_tile(const dsa_strip *t, int first, const int rows, const int ve
             ivec b[2];
             for (int j = 0; j < vectors; j++) b[j] = iload(t->q8 + (d / 4 + x) * STRIP + j * WIDTH);
             for (int i = 0; i < rows; i++)
-                for (int j = 0; j < vectors; j++) sum[i][j] = dot4_q(sum[i][j], b[j], ilane(a[i], x));
+                for (int j = 0; j < vectors; j++) sum[i][j] = dot4_k(sum[i][j], ilane(a[i], x), b[j]);
         }
     }
     for (int j = 0; j < vectors; j++) {
@@ -246,4 +307,4 @@ static void pv8(const dsa_strip *t) {
 
 #define KERNEL_SET(set)                                                                                         \
     const dsa_kernel_set dsa_kernels_##set = {#set,  WIDTH,    load_q, qk,      softmax, pv,     store_rows, \
-                                              load8, qk8, softmax8, pv8, columns, pack_k, pack_v}
+                                              load8, qk8, softmax8, pv8, sums, peaks, pack_k, pack_v}

@@ -20,9 +20,10 @@ typedef struct {
     float *top, *sum, *alpha, *beta;          /* [strip]: running maximum and sum; this step's factors of O and of P V */
     float *o;                                 /* [rows][dim], not yet divided by sum */
     const int8_t *k8, *v8;                    /* i8: [keys][dim]; [ceil(keys/4)][dim][4] */
-    const int32_t *k_sum, *v_sum;             /* i8: [keys] and [dim], sums of k8 over dim and of v8 over keys */
+    const int32_t *v_sum;                     /* i8: [dim], sum of v8 over the keys */
     float k_scale;                            /* i8: one per block */
     float *q_scale;                           /* i8: [strip] */
+    int32_t *q_sum;                           /* i8: [strip], sum of q8 over dim */
     int32_t *q8, *p8;                         /* i8: four bytes a word, [dim/4][strip] and [ceil(keys/4)][strip] */
 } dsa_strip;
 
@@ -39,10 +40,11 @@ typedef struct {
     void (*qk8)(const dsa_strip *t);
     void (*softmax8)(const dsa_strip *t);
     void (*pv8)(const dsa_strip *t);
-    /* Per column of x[rows][dim], in row order: adds to sum[dim], raises peak[dim] to the largest |x|; either may be NULL */
-    void (*columns)(const float *x, ptrdiff_t row, int rows, int dim, float *sum, float *peak);
-    void (*pack_k)(const float *k, ptrdiff_t row, int keys, int dim, const float *mean, int8_t *k8, int32_t *k_sum,
-                   float *k_scale);
+    /* Per column of x[rows][dim], in row order: the sum, and the largest |x| */
+    void (*sums)(const float *x, ptrdiff_t row, int rows, int dim, float *sum);
+    void (*peaks)(const float *x, ptrdiff_t row, int rows, int dim, float *peak);
+    /* One key block: k8 = (k - mean) / *k_scale; v8 = v / scale, v_sum its sum over the keys */
+    void (*pack_k)(const float *k, ptrdiff_t row, int keys, int dim, const float *mean, int8_t *k8, float *k_scale);
     void (*pack_v)(const float *v, ptrdiff_t row, int keys, int dim, const float *scale, int8_t *v8, int32_t *v_sum);
 } dsa_kernel_set;
 
