@@ -82,7 +82,8 @@ def pool(x: Array, block: int, length: int) -> Array:
 def softmax(z: Array) -> Array:
     """Over the last axis, summed in increasing order. A row of -inf has no mass at all: 0, not NaN."""
     top = z.max(-1, keepdims=True)
-    e = np.exp(z - np.where(np.isneginf(top), 0, top))
+    with np.errstate(over="ignore"):
+        e = np.exp(z - np.where(np.isneginf(top), 0, top))
     total = np.cumsum(e, -1)[..., -1:]
     return np.where(total > 0, e / np.where(total > 0, total, 1), 0).astype(z.dtype)
 
@@ -211,3 +212,19 @@ def fused(
     dtype: npt.DTypeLike = np.float64,
 ) -> Array:
     return attend(c, q, k, v, select(c, q, k, s, q_len, kv_len), q_len, kv_len, dtype)
+
+
+def margin(c: Config, mass: Array, forced: Array, theta: float, k_rows: int) -> float:
+    """How far this head's nearest decision is from tipping over. Two float32 implementations may differ below 1e-5;
+    exactly equal masses do not count, because their order is defined."""
+    order = sorted(range(len(mass)), key=lambda x: (not forced[x], -mass[x], x))
+    must, kept = int(forced.sum()), len(choose(c, mass, forced, theta, k_rows))
+    gaps = []
+    if k_rows > c.dense_below and c.rule == THRESHOLD and theta > 0:
+        gaps += [abs(float(mass[x]) - float(theta)) for x in order[must:]]
+    if k_rows > c.dense_below and c.rule == TOP_P and theta < 1:
+        reached = np.cumsum(mass[order])
+        gaps += [abs(float(reached[n - 1]) - float(theta)) for n in range(max(must, 1), kept + 1)]
+    if 0 < kept < len(mass) and forced[order[kept - 1]] == forced[order[kept]]:
+        gaps += [gap] if (gap := float(mass[order[kept - 1]] - mass[order[kept]])) else []
+    return min(gaps, default=np.inf)
