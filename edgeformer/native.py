@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -72,35 +72,25 @@ def kernel_sets(arch: str) -> dict[str, list[str]]:
 
 def library(target: str | None = None) -> Path:
     """The operator for a target (default: this machine): a shared library, or the folder of its object files."""
-    name = target or host()
-    if name not in TARGETS:
-        raise BuildError(f"cannot compile for {name!r}: native targets are {', '.join(TARGETS)}")
-    goal, folder = TARGETS[name], sources() / "dsa"
-    units = [(folder / f"{unit}.c", []) for unit in CORE]
-    units += [(folder / f"kernel_{unit}.c", flags) for unit, flags in kernel_sets(goal.arch).items()]
-    digest = hashlib.sha256(repr((goal, FLAGS, [(p.name, f) for p, f in units], _zig_version())).encode())
-    for path in sorted(folder.iterdir()):
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
-    done = cache() / f"{name}-{digest.hexdigest()[:24]}"
+    name, goal = _target(target)
+    done = cache() / f"{name}-{_digest(goal)}"
     if not done.exists():
         with _whole_or_nothing(done) as work:
-            objects = [_compile(path, flags, goal, work) for path, flags in units]
+            objects = _compile(goal, work, [] if goal.shared else ["-ffreestanding"])
             if goal.shared:
                 zig("-target", goal.triple, "-shared", "-s", "-o", str(work / "libdsa.so"), *objects)
     return done / "libdsa.so" if goal.shared else done
 
 
-def program(source: Path, target: str | None = None, flags: Sequence[str] = ()) -> Path:
-    """A test program over the operator, linked with its library's object files' sources; cached like the library."""
-    name = target or host()
-    shared = library(name)
-    digest = hashlib.sha256(source.read_bytes() + repr((shared.parent.name, list(flags))).encode()).hexdigest()[:24]
-    done = cache() / f"{name}-{source.stem}-{digest}"
+def program(source: Path, target: str | None = None) -> Path:
+    """A C program with the operator inside. Linked statically (musl), so that it runs under qemu without a root."""
+    name, goal = _target(target)
+    goal = goal._replace(triple=f"{goal.arch}-linux-musl")
+    done = cache() / f"{name}-{source.stem}-{_digest(goal, source)}"
     if not done.exists():
         with _whole_or_nothing(done) as work:
-            include, rpath = f"-I{sources() / 'dsa'}", f"-Wl,-rpath,{shared.parent}"
-            binary = str(work / source.stem)
-            zig("-target", TARGETS[name].triple, *FLAGS, *flags, include, "-o", binary, str(source), str(shared), rpath, "-lm")
+            output = ["-static", "-o", str(work / source.stem)]
+            zig("-target", goal.triple, *FLAGS, f"-I{sources() / 'dsa'}", str(source), *_compile(goal, work, []), *output, "-lm")
     return done / source.stem
 
 
@@ -114,11 +104,31 @@ def zig(*args: str) -> None:
         raise BuildError(f"zig cc failed on {', '.join(inputs[:3])} for {args[1]}:\n{run.stderr.strip()[-2000:]}")
 
 
-def _compile(path: Path, flags: list[str], goal: Target, work: Path) -> str:
-    output = str(work / f"{path.stem}.o")
-    free = [] if goal.shared else ["-ffreestanding"]
-    zig("-target", goal.triple, *FLAGS, *free, *flags, "-c", str(path), "-o", output)
-    return output
+def _target(name: str | None) -> tuple[str, Target]:
+    name = name or host()
+    if name not in TARGETS:
+        raise BuildError(f"cannot compile for {name!r}: native targets are {', '.join(TARGETS)}")
+    return name, TARGETS[name]
+
+
+def _units(goal: Target) -> list[tuple[Path, list[str]]]:
+    folder = sources() / "dsa"
+    kernels = [(folder / f"kernel_{name}.c", flags) for name, flags in kernel_sets(goal.arch).items()]
+    return [(folder / f"{name}.c", []) for name in CORE] + kernels
+
+
+def _digest(goal: Target, *more: Path) -> str:
+    digest = hashlib.sha256(repr((goal, FLAGS, [(p.name, f) for p, f in _units(goal)], _zig_version())).encode())
+    for path in (*sorted((sources() / "dsa").iterdir()), *more):
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def _compile(goal: Target, work: Path, more: list[str]) -> list[str]:
+    """Every source of the operator, as object files in `work`."""
+    for path, flags in _units(goal):
+        zig("-target", goal.triple, *FLAGS, *more, *flags, "-c", str(path), "-o", str(work / f"{path.stem}.o"))
+    return sorted(str(path) for path in work.glob("*.o"))
 
 
 def _zig_version() -> str:

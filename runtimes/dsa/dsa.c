@@ -491,8 +491,9 @@ static void hide_future(const dsa_strip *t, int32_t strip, int32_t first_key, in
 static void attend_strip(const call *a, dsa_strip *t, int32_t keys, int32_t first_key, int32_t first_query) {
     const dsa_config *c = a->c;
     int i8 = c->compute == DSA_I8;
-    t->keys = c->causal ? least(keys, first_query + t->rows - first_key) : keys;
-    if (t->keys <= 0) return; /* all of it lies in the future */
+    int32_t seen = c->causal ? least(keys, first_query + t->rows - first_key) : keys;
+    if (seen <= 0) return;         /* all of it lies in the future */
+    t->keys = i8 ? keys : seen;    /* v_sum is of the whole block */
     (i8 ? a->set->qk8 : a->set->qk)(t);
     if (c->causal && first_key + t->keys - 1 > first_query) hide_future(t, 2 * a->set->width, first_key, first_query);
     (i8 ? a->set->softmax8 : a->set->softmax)(t);
