@@ -30,24 +30,24 @@ class CConfig(ctypes.Structure):
     _fields_ = [*((name, ctypes.c_int32) for name in _FIELDS), ("scale", ctypes.c_float)]
 
 
-class _Tensor(ctypes.Structure):
+class CTensor(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), *((axis, ctypes.c_ssize_t) for axis in ("batch", "head", "row"))]
 
 
-class _Scorer(ctypes.Structure):
+class CScorer(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in Scorer._fields]
 
 
-class _Lengths(ctypes.Structure):
+class CLengths(ctypes.Structure):
     _fields_ = [("q", ctypes.c_void_p), ("kv", ctypes.c_void_p)]
 
 
-_TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32)
-_RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int32, _TASK, ctypes.c_void_p)
+TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32)
+RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int32, TASK, ctypes.c_void_p)
 
 
-class _Parallel(ctypes.Structure):
-    _fields_ = [("pool", ctypes.c_void_p), ("threads", ctypes.c_int32), ("run", _RUN)]
+class CParallel(ctypes.Structure):
+    _fields_ = [("pool", ctypes.c_void_p), ("threads", ctypes.c_int32), ("run", RUN)]
 
 
 @cache
@@ -88,7 +88,7 @@ def prepare(name: str, c: CConfig, before: tuple[Any, ...], after: tuple[Any, ..
     """A call of the core with its workspace, ready to be repeated."""
     size = library().dsa_workspace(ctypes.byref(c), threads)
     work = np.zeros(size, np.uint8)
-    parallel = ctypes.byref(_Parallel(threads, threads, _run)) if threads > 1 else None
+    parallel = ctypes.byref(CParallel(threads, threads, _run)) if threads > 1 else None
     arguments = (ctypes.byref(c), *before, *addresses([work]), ctypes.c_size_t(size), parallel, *after)
 
     def run() -> None:
@@ -156,9 +156,9 @@ def addresses(arrays: Sequence[Array | None]) -> tuple[Any, ...]:
     return tuple(None if a is None else a.ctypes.data_as(ctypes.c_void_p) for a in arrays)
 
 
-def tensor(x: Array) -> _Tensor:
+def tensor(x: Array) -> CTensor:
     assert x.dtype == np.float32 and (x.strides[-1] == 4 or x.shape[-1] == 1)
-    made = _Tensor(x.ctypes.data, *(n // 4 for n in x.strides[:3]))
+    made = CTensor(x.ctypes.data, *(n // 4 for n in x.strides[:3]))
     made.keep = x
     return made
 
@@ -169,14 +169,14 @@ def output(x: Array) -> tuple[Any, ...]:
 
 def scorer(s: Scorer) -> Any:
     arrays = [np.ascontiguousarray(x, np.float32) for x in s]
-    made = _Scorer(*(x.ctypes.data for x in arrays))
+    made = CScorer(*(x.ctypes.data for x in arrays))
     made.keep = arrays
     return ctypes.byref(made)
 
 
-def lengths(q_len: Array | None, kv_len: Array | None) -> _Lengths:
+def lengths(q_len: Array | None, kv_len: Array | None) -> CLengths:
     arrays = [None if x is None else np.ascontiguousarray(x, np.int32) for x in (q_len, kv_len)]
-    made = _Lengths(*(None if x is None else x.ctypes.data for x in arrays))
+    made = CLengths(*(None if x is None else x.ctypes.data for x in arrays))
     made.keep = arrays
     return made
 
@@ -196,4 +196,4 @@ def _run_tasks(threads: int | None, tasks: int, task: Callable[[int | None, int,
         thread.join()
 
 
-_run = _RUN(_run_tasks)
+_run = RUN(_run_tasks)
