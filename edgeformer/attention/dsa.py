@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from . import op
-from .reference import THRESHOLD, TOP_K, Config, Scorer as Parameters, blocks
+from .op import Parameters
+from .reference import THRESHOLD, TOP_K, Config, blocks
 
 Tensor = torch.Tensor
 RANK, DIST, SINKS = 16, 32, 1
@@ -127,7 +128,7 @@ def pool(x: Tensor, block: int, lengths: Tensor | None) -> Tensor:
     n = blocks(x.shape[2], block)
     rows = full_lengths(x, lengths)[:, None] - torch.arange(n, device=x.device) * block
     full = torch.nn.functional.pad(only_valid(x, lengths), (0, 0, 0, n * block - x.shape[2]))
-    return full.unflatten(2, (n, block)).sum(3) / rows.clamp(1, block)[:, None, :, None]
+    return full.view(*x.shape[:2], n, block, x.shape[3]).sum(3) / rows.clamp(1, block)[:, None, :, None]
 
 
 def scores(c: Config, qm: Tensor, km: Tensor, s: Parameters) -> Tensor:
@@ -150,14 +151,16 @@ def softmax(z: Tensor) -> Tensor:
     return e / torch.where(total > 0, total, 1.0)
 
 
-def mass(c: Config, q: Tensor, k: Tensor, s: Parameters, q_len: Tensor | None, kv_len: Tensor | None) -> tuple[Tensor, Plan]:
+def mass(
+    c: Config, q: Tensor, k: Tensor, s: Parameters, q_len: Tensor | None, kv_len: Tensor | None
+) -> tuple[Tensor, Plan]:
     """p [B,Hs,nQ,nK] and the plan of the call."""
     qm, km = pool(q, c.block_q, q_len), pool(k, c.block_k, kv_len)
     shown = plan(c, q.shape[0], qm.shape[2], km.shape[2], full_lengths(q, q_len), full_lengths(k, kv_len))
     group = q.shape[1] // k.shape[1]
     z = scores(c, qm, km.repeat_interleave(group, 1), s)
     p = softmax(z.masked_fill(~shown.candidates, -torch.inf))
-    return (p.unflatten(1, (k.shape[1], group)).mean(2) if c.select_per_kv else p), shown
+    return (p.view(p.shape[0], k.shape[1], group, *p.shape[2:]).mean(2) if c.select_per_kv else p), shown
 
 
 def choose(c: Config, p: Tensor, shown: Plan, theta: Tensor, k_rows: Any) -> Tensor:
@@ -220,7 +223,13 @@ def from_lists(idx: Tensor, cnt: Tensor, n: int) -> Tensor:
 
 
 def visible(
-    kept: Tensor, c: Config, q: Tensor, k: Tensor, q_len: Tensor | None, kv_len: Tensor | None, rows: slice = slice(None)
+    kept: Tensor,
+    c: Config,
+    q: Tensor,
+    k: Tensor,
+    q_len: Tensor | None,
+    kv_len: Tensor | None,
+    rows: slice = slice(None),
 ) -> Tensor:
     """Which key each query row sees: [B,Hq,rows,Nk] bool. `rows` starts at a block."""
     t = torch.arange(q.shape[2], device=q.device)[rows]

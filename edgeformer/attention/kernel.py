@@ -71,7 +71,8 @@ def only(name: str | None) -> Iterator[bool]:
         library().dsa_limit(None)
 
 
-def config(c: Config, q: Array, k: Array, s: Scorer | None = None, compute: int = F32) -> CConfig:
+def config(c: Config, q: Any, k: Any, s: Any = None, compute: int = F32) -> CConfig:
+    """Of anything with shapes: numpy arrays or torch tensors."""
     shapes = dict(zip(("batch", "q_heads", "q_rows", "dim"), q.shape, strict=True), kv_heads=k.shape[1], k_rows=k.shape[2])
     scorer = {"rank": 1, "dist": 0, "sinks": 0}
     if s is not None:

@@ -22,22 +22,21 @@ import torch
 
 from ..errors import BadInput
 from . import kernel
-from .reference import Config, Scorer
+from .reference import Config
 
 NAMESPACE = "edgeformer"
 _ATTRIBUTES = (
     "int block_q=64, int block_k=64, int rule=0, int min_blocks=1, int max_blocks=0, int force_diag=1, int n_sink=0, "
     "int causal=0, int q_offset=0, int select_per_kv=0, int dense_below=0"
 )
+_ALL = f"{_ATTRIBUTES}, int compute=0, float scale=0.0"
 _LENGTHS = "Tensor? q_len=None, Tensor? kv_len=None"
 _SCORER = "Tensor wq, Tensor wk, Tensor dist_bias, Tensor sink_bias, Tensor theta"
 _ATTEND = (
     f"Tensor idx, Tensor cnt, {_LENGTHS}, *, int block_q=64, int block_k=64, int causal=0, int q_offset=0, "
     "int compute=0, float scale=0.0"
 )
-SCHEMA = (
-    f"dsa(Tensor q, Tensor k, Tensor v, {_SCORER}, {_LENGTHS}, *, {_ATTRIBUTES}, int compute=0, float scale=0.0) -> Tensor"
-)
+SCHEMA = f"dsa(Tensor q, Tensor k, Tensor v, {_SCORER}, {_LENGTHS}, *, {_ALL}) -> Tensor"
 SCHEMA_SELECT = f"dsa_select(Tensor q, Tensor k, {_SCORER}, {_LENGTHS}, *, {_ATTRIBUTES}) -> (Tensor idx, Tensor cnt)"
 SCHEMA_ATTEND = f"dsa_attend(Tensor q, Tensor k, Tensor v, {_ATTEND}) -> Tensor"
 SCHEMA_BACKWARD = (
@@ -46,6 +45,16 @@ SCHEMA_BACKWARD = (
 _GRADIENT_BYTES = 64 << 20  # of one chunk of query rows against all keys
 
 Tensor = torch.Tensor
+
+
+class Parameters(NamedTuple):
+    """The scorer's operands, in the order of the schema."""
+
+    wq: Tensor  # [Hq, D, r], the softmax scale folded in
+    wk: Tensor  # [Hq, D, r]
+    dist_bias: Tensor  # [Hq, 2R+1]
+    sink_bias: Tensor  # [Hq, S]
+    theta: Tensor  # [Hs]
 
 
 class Counters(NamedTuple):
@@ -96,7 +105,8 @@ def _ceil(n: Any, block: int) -> Any:
 
 def _list_shape(q: Tensor, k: Tensor, config: Config) -> tuple[Any, ...]:
     heads, most = k.shape[1] if config.select_per_kv else q.shape[1], _ceil(k.shape[2], config.block_k)
-    most = torch.sym_min(config.max_blocks, most) if config.max_blocks else most
+    if config.max_blocks:  # lengths are symbols while a graph is traced
+        most = torch.sym_min(config.max_blocks, most)  # type: ignore[no-untyped-call]
     return (q.shape[0], heads, _ceil(q.shape[2], config.block_q), most)
 
 
@@ -109,7 +119,7 @@ def _same_shape(q: Tensor, *_: Any, **__: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
-def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -136,7 +146,13 @@ def _dsa(
     q, k, v = _operands(q, k, v)
     out, kept = q.new_empty(q.shape), (ctypes.c_int64 * 2)()
     inputs = (_tensor(q), _tensor(k), _tensor(v), _pointers(scorer), _lengths(q, q_len, kv_len))
-    _call("dsa_fused", kernel.config(config, q, k, scorer, compute), inputs, (*_output(out), kept), (scorer, q_len, kv_len))
+    _call(
+        "dsa_fused",
+        kernel.config(config, q, k, scorer, compute),
+        inputs,
+        (*_output(out), kept),
+        (scorer, q_len, kv_len),
+    )
     _tally.add(kept[0], kept[1])
     return out
 
@@ -155,11 +171,17 @@ def _select(
 ) -> tuple[Tensor, Tensor]:
     config = Config(**attributes)
     scorer = _scorer(config, q, k, wq, wk, dist_bias, sink_bias, theta)
-    q, k = _operands(q, k)
+    q, k, _ = _operands(q, k, k)
     shape = _list_shape(q, k, config)
     idx, cnt = q.new_empty(shape, dtype=torch.int32), q.new_empty(shape[:3], dtype=torch.int32)
     inputs = (_tensor(q), _tensor(k), _pointers(scorer), _lengths(q, q_len, kv_len))
-    _call("dsa_select", kernel.config(config, q, k, scorer), inputs, (_pointer(idx), _pointer(cnt)), (scorer, q_len, kv_len))
+    _call(
+        "dsa_select",
+        kernel.config(config, q, k, scorer),
+        inputs,
+        (_pointer(idx), _pointer(cnt)),
+        (scorer, q_len, kv_len),
+    )
     _tally.add()
     return idx, cnt
 
@@ -185,7 +207,9 @@ def _attend(
     return out
 
 
-def _call(name: str, c: kernel.CConfig, before: tuple[Any, ...], after: tuple[Any, ...], alive: tuple[Any, ...]) -> None:
+def _call(
+    name: str, c: kernel.CConfig, before: tuple[Any, ...], after: tuple[Any, ...], alive: tuple[Any, ...]
+) -> None:
     """One call of the core with workspace and threads of ours; `alive` holds what the pointers point to."""
     if reason := kernel.why(c):
         raise BadInput(f"edgeformer::{name}: {reason}; got {', '.join(f'{n}={getattr(c, n)}' for n, _ in c._fields_)}")
@@ -222,45 +246,59 @@ def _run_tasks(threads: int | None, tasks: int, task: Callable[[int | None, int,
 _run = kernel.RUN(_run_tasks)
 
 
-def _operands(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Float32 on this CPU with a contiguous last axis; other strides are free."""
-    for name, x in zip("qkv", tensors, strict=False):
+    for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype != torch.float32 or x.ndim != 4:
             raise BadInput(f"edgeformer::dsa: {name} must be float32 [B,H,N,D], got {x.dtype} {tuple(x.shape)}")
-    q, k, v = tensors[0], tensors[1], tensors[-1]
-    if k.shape != v.shape and len(tensors) == 3:
+    if k.shape != v.shape:
         raise BadInput(f"edgeformer::dsa: k {tuple(k.shape)} and v {tuple(v.shape)} must have one shape")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise BadInput(f"edgeformer::dsa: q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch or head size")
-    return tuple(x.detach() if x.stride(-1) == 1 else x.detach().contiguous() for x in tensors)
+    return _rows(q), _rows(k), _rows(v)
 
 
-def _scorer(c: Config, q: Tensor, k: Tensor, *tensors: Tensor) -> Scorer:
+def _rows(x: Tensor) -> Tensor:
+    return x.detach() if x.stride(-1) == 1 else x.detach().contiguous()
+
+
+def _scorer(c: Config, q: Tensor, k: Tensor, *tensors: Tensor) -> Parameters:
     heads, dim, rank = q.shape[1], q.shape[3], tensors[0].shape[-1]
     selecting = k.shape[1] if c.select_per_kv else heads
     wanted = ((heads, dim, rank), (heads, dim, rank), (heads, None), (heads, None), (selecting,))
-    for name, x, shape in zip(Scorer._fields, tensors, wanted, strict=True):
+    for name, x, shape in zip(Parameters._fields, tensors, wanted, strict=True):
         fits = len(x.shape) == len(shape) and all(b in (a, None) for a, b in zip(x.shape, shape, strict=True))
         if not fits or x.dtype != torch.float32:
             raise BadInput(f"edgeformer::dsa: {name} must be float32 {shape}, got {x.dtype} {tuple(x.shape)}")
     if tensors[2].shape[1] % 2 == 0:
         raise BadInput(f"edgeformer::dsa: dist_bias needs 2R+1 columns, got {tensors[2].shape[1]}")
-    return Scorer(*(x.detach().contiguous() for x in tensors))
+    return Parameters(*(x.detach().contiguous() for x in tensors))
 
 
 def _listed(config: Config, q: Tensor, k: Tensor, idx: Tensor, cnt: Tensor) -> Config:
     """The config whose lists have this shape. The core trusts lists, so a block outside k is refused here."""
     blocks, heads = _ceil(k.shape[2], config.block_k), (q.shape[1], k.shape[1])
     rows = (q.shape[0], idx.shape[1], _ceil(q.shape[2], config.block_q))
-    if idx.ndim != 4 or idx.shape[1] not in heads or idx.shape[:3] != rows or cnt.shape != rows or idx.shape[3] > blocks:
-        raise BadInput(f"edgeformer::dsa_attend: lists {tuple(idx.shape)}, {tuple(cnt.shape)} do not fit {blocks} key blocks")
+    if (
+        idx.ndim != 4
+        or idx.shape[1] not in heads
+        or idx.shape[:3] != rows
+        or cnt.shape != rows
+        or idx.shape[3] > blocks
+    ):
+        raise BadInput(
+            f"edgeformer::dsa_attend: lists {tuple(idx.shape)}, {tuple(cnt.shape)} do not fit {blocks} key blocks"
+        )
     if idx.dtype != torch.int32 or cnt.dtype != torch.int32:
         raise BadInput(f"edgeformer::dsa_attend: lists must be int32, got {idx.dtype}, {cnt.dtype}")
-    ends = cnt[..., None] > torch.arange(idx.shape[3])
-    used = idx[ends]
-    if used.numel() and (used.min() < 0 or used.max() >= blocks) or cnt.numel() and (cnt.min() < 0 or cnt.max() > idx.shape[3]):
-        raise BadInput(f"edgeformer::dsa_attend: a list names a block outside 0..{blocks - 1}, or counts past its end")
+    used = idx[cnt[..., None] > torch.arange(idx.shape[3])]
+    if _outside(used, blocks - 1) or _outside(cnt, idx.shape[3]):
+        raise BadInput(f"edgeformer::dsa_attend: a list names a block outside 0..{blocks - 1} or counts past its end")
     return Config(**{**vars(config), "max_blocks": idx.shape[3], "select_per_kv": int(idx.shape[1] != q.shape[1])})
+
+
+def _outside(x: Tensor, most: int) -> bool:
+    return bool(x.numel()) and bool(x.min() < 0 or x.max() > most)
 
 
 def _pointer(x: Tensor) -> ctypes.c_void_p:
@@ -275,14 +313,16 @@ def _output(x: Tensor) -> tuple[Any, ...]:
     return _pointer(x), (ctypes.c_ssize_t * 3)(*x.stride()[:3])
 
 
-def _pointers(scorer: Scorer) -> Any:
+def _pointers(scorer: Parameters) -> Any:
     return ctypes.byref(kernel.CScorer(*(x.data_ptr() if x.numel() else None for x in scorer)))
 
 
 def _lengths(q: Tensor, *given: Tensor | None) -> kernel.CLengths:
     for x in given:
         if x is not None and (x.dtype != torch.int32 or tuple(x.shape) != (q.shape[0],) or not x.is_contiguous()):
-            raise BadInput(f"edgeformer::dsa: lengths must be contiguous int32 [{q.shape[0]}], got {x.dtype} {tuple(x.shape)}")
+            raise BadInput(
+                f"edgeformer::dsa: lengths must be contiguous int32 [{q.shape[0]}], got {x.dtype} {tuple(x.shape)}"
+            )
     return kernel.CLengths(*(None if x is None else x.data_ptr() for x in given))
 
 
@@ -334,7 +374,7 @@ def _chunk(q: Tensor, k: Tensor, block: int) -> int:
 
 
 def _keep_for_backward(names: int) -> Callable[..., None]:
-    def setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    def setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:  # noqa: ARG001 (torch passes by name)
         ctx.save_for_backward(*inputs)
         ctx.attributes, ctx.count = keyword_only_inputs, names
 
@@ -356,7 +396,15 @@ def _attend_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*found, *(None,) * (ctx.count - 3))
 
 
-def _define(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any], gradient: Any = None, inputs: int = 0) -> None:
+def _no_second_gradient(_ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
+    raise BadInput(
+        "edgeformer::dsa has first gradients only; differentiate edgeformer.attention.dsa.forward twice instead"
+    )
+
+
+def _define(
+    schema: str, cpu: Callable[..., Any], fake: Callable[..., Any], gradient: Any = None, inputs: int = 0
+) -> None:
     name = f"{NAMESPACE}::{schema[: schema.index('(')]}"
     torch.library.define(name, schema[schema.index("(") :])
     torch.library.impl(name, "CPU")(cpu)
@@ -365,7 +413,7 @@ def _define(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any], grad
         torch.library.register_autograd(name, gradient, setup_context=_keep_for_backward(inputs))
 
 
-_define(SCHEMA_BACKWARD, _attend_backward, _backward_fake)
+_define(SCHEMA_BACKWARD, _attend_backward, _backward_fake, _no_second_gradient, 8)
 _define(SCHEMA_SELECT, _select, _select_fake)
 _define(SCHEMA_ATTEND, _attend, _same_shape, _attend_gradient, 7)
 _define(SCHEMA, _dsa, _same_shape, _dsa_gradient, 10)
