@@ -455,7 +455,7 @@ static void measure_kv(void *arg, int32_t i, int32_t thread) {
     (void)thread;
     mean_of(a->set, head_of(a->k, b, g), a->k.row, rows, c->dim, shift);
     a->set->peaks(head_of(a->v, b, g), a->v.row, rows, c->dim, scale);
-    for (int32_t d = 0; d < c->dim; d++) scale[d] *= 1.0f / 127;
+    for (int32_t d = 0; d < c->dim; d++) scale[d] = (scale[d] > 1e-30f ? scale[d] : 1e-30f) / 127;
 }
 
 static void pack_block(void *arg, int32_t i, int32_t thread) {

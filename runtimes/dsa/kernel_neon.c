@@ -24,16 +24,14 @@ typedef int32x4_t ilanes;
 #define lanes_at vld1q_f32
 #define lane(a, i) vset((a)[i])
 #define iload(p) vreinterpretq_s32_s8(vld1q_s8((const int8_t *)(p)))
-#define istore vst1q_s32
+#define istore(p, x) vst1q_s32((int32_t *)(void *)(p), x)
 #define iset vdupq_n_s32
 #define iadd vaddq_s32
 #define imul vmulq_s32
-#define iand vandq_s32
-#define ior vorrq_s32
+#define ipush(a, b) vsliq_n_s32(b, a, 8)
 #define ixor veorq_s32
-#define ishift(x, n) vshlq_s32(x, iset(n))
+#define as_int vreinterpretq_s32_f32
 #define to_float vcvtq_f32_s32
-#define to_int vcvtnq_s32_f32
 #define ilanes_at iload
 #define ilane(a, i) iset((a)[i])
 
