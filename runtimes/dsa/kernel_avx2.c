@@ -50,8 +50,7 @@ static inline __m256i dot4(__m256i sum, __m256i u8, __m256i s8) {
     __m256i b = _mm256_madd_epi16(_mm256_srli_epi16(u8, 8), _mm256_srai_epi16(s8, 8));
     return _mm256_add_epi32(sum, _mm256_add_epi32(a, b));
 }
-#define dot4_k dot4
-#define dot4_p dot4
+#define dot4_lane(sum, a, i, b) dot4(sum, ilane(a, i), b)
 #include "kernel_simd.h"
 
 KERNEL_SET(avx2);

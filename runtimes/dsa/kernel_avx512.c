@@ -49,8 +49,7 @@ static inline __m512i dot4(__m512i sum, __m512i u8, __m512i s8) {
     return _mm512_add_epi32(sum, _mm512_add_epi32(a, b));
 }
 #endif
-#define dot4_k dot4
-#define dot4_p dot4
+#define dot4_lane(sum, a, i, b) dot4(sum, ilane(a, i), b)
 #include "kernel_simd.h"
 
 #ifdef VNNI

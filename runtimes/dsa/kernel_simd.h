@@ -3,7 +3,8 @@
  *   vadd, vsub, vmul, vmax (of two, NaN in the second wins), vfma(a, b, sum), vexponent (low bits << 23 as a float),
  *   lanes, lanes_at, lane (four consecutive floats, and one of them in every lane),
  *   vabs, vdiv, ivec, iload, istore, iset, iadd, imul, ixor, ipush(a, b) = a << 8 | (b & 255), to_float, as_int (the bits),
- *   ilanes, ilanes_at, ilane, store_bytes (the low byte of each word), dot4_k(sum, k, q) and dot4_p(sum, p, v). */
+ *   ilanes, ilanes_at (four consecutive words), store_bytes (the low byte of each word), dot4(sum, a, b) and
+ *   dot4_lane(sum, a, i, b) with word i of a in every lane: four products of bytes per word; a is unsigned if K_SHIFT. */
 #define STRIP (2 * WIDTH)
 #define INLINE static inline __attribute__((always_inline))
 #define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++) /* unrolled: tiles must stay in registers */
@@ -270,7 +271,7 @@ INLINE void qk8_tile(const dsa_strip *t, int first, const int rows, const int ve
             ivec b[2];
             EACH(j, vectors) b[j] = iload(t->q8 + (d / 4 + x) * STRIP + j * WIDTH);
             EACH(i, rows)
-                EACH(j, vectors) sum[i][j] = dot4_k(sum[i][j], ilane(a[i], x), b[j]);
+                EACH(j, vectors) sum[i][j] = dot4_lane(sum[i][j], a[i], x, b[j]);
         }
     }
     EACH(j, vectors) {
@@ -320,11 +321,11 @@ static void softmax8(const dsa_strip *t) {
         const float *s = t->s + at;
         for (int i = 0; i < t->keys / 4; i++, s += 4 * STRIP, to += STRIP) {
             istore(to, p = p_words(s, 4, from));
-            sum = dot4_p(sum, p, ones);
+            sum = dot4(sum, p, ones);
         }
         if (rest) {
             istore(to, p = rest == 1 ? p_words(s, 1, from) : rest == 2 ? p_words(s, 2, from) : p_words(s, 3, from));
-            sum = dot4_p(sum, p, ones);
+            sum = dot4(sum, p, ones);
         }
         vstore(t->top + at, top);
         vstore(t->alpha + at, alpha);
@@ -345,7 +346,7 @@ INLINE void pv8_tile(const dsa_strip *t, int row, int column, const int rows, co
         EACH(j, vectors) b[j] = iload(t->v8 + (group * t->dim + column + j * WIDTH) * 4);
         EACH(i, (rows + 3) / 4) a[i] = ilanes_at(t->p8 + group * STRIP + row + 4 * i);
         EACH(i, rows)
-            EACH(j, vectors) sum[i][j] = dot4_p(sum[i][j], ilane(a[i / 4], i % 4), b[j]);
+            EACH(j, vectors) sum[i][j] = dot4_lane(sum[i][j], a[i / 4], i % 4, b[j]);
     }
     EACH(i, rows)
         EACH(j, vectors) {
