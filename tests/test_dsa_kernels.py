@@ -254,3 +254,22 @@ def test_vectors_with_sanitizers(tmp_path: Path) -> None:
     run(gcc, *flags, f"-I{native.sources() / 'dsa'}", str(PROGRAM), *objects, "-o", binary, "-lm")
     said = run(binary, str(INDEX))
     assert f"{kernel.kernels()}: 104 of 104 cases ok" in said and "scalar: 104 of 104 cases ok" in said
+
+
+def test_neon_executes_hardly_more_multiply_adds_than_attention_has(tmp_path: Path) -> None:
+    """No device is needed to see a tile fall out of registers or work done twice: count instructions, not seconds."""
+    qemu, gcc = shutil.which("qemu-aarch64"), shutil.which("gcc")
+    if not qemu or not gcc:
+        pytest.skip("qemu-aarch64 (the dynamic build, which loads plugins) or gcc is not installed")
+    plugin, arm = str(tmp_path / "fmla.so"), str(native.program(HERE / "native" / "dsa_dense.c", "linux-aarch64"))
+    run(gcc, "-O2", "-shared", "-fPIC", str(HERE / "native" / "fmla_plugin.c"), "-o", plugin)
+    counts = []
+    for times in ("1", "2"):
+        command = [qemu, "-cpu", "cortex-a72", "-plugin", plugin, arm, times]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if "plugin" in done.stderr and done.returncode:
+            pytest.skip(f"this qemu loads no plugins: {done.stderr.strip()[:80]}")
+        assert done.returncode == 0, done.stderr
+        counts.append(int(done.stderr.split("fmla ")[1]))
+    needed = 2 * 256 * 256 * 64 / 4
+    assert needed <= counts[1] - counts[0] <= 1.1 * needed

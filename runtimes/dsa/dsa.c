@@ -106,7 +106,7 @@ static select_scratch select_layout(arena *a, const dsa_config *c) {
     return s;
 }
 
-/* Per thread, attending: one query block as strips, and one strip of logits. */
+/* Per thread, attending: one query block as strips, and its logits against one key block. */
 typedef struct {
     float *q, *o, *s, *high, *top, *sum, *alpha, *beta, *q_scale;
     int32_t *p8, *q_sum;
@@ -117,11 +117,11 @@ static attend_scratch attend_layout(arena *a, const dsa_config *c) {
     size_t rows = ((size_t)c->block_q + MAX_STRIP - 1) / MAX_STRIP * MAX_STRIP, dim = (size_t)c->dim;
     s.q = take(a, 4 * rows * dim);
     s.o = take(a, 4 * rows * dim);
-    s.s = take(a, 4 * ((size_t)c->block_k * MAX_STRIP + 16)); /* a tile may load a few lanes past the last */
-    s.p8 = take(a, c->compute == DSA_I8 ? (size_t)c->block_k * MAX_STRIP + 64 : 0);
+    s.s = take(a, 4 * ((size_t)c->block_k * rows + 16)); /* a tile may load a few lanes past the last */
+    s.p8 = take(a, c->compute == DSA_I8 ? (size_t)c->block_k * rows + 64 : 0);
     s.high = take(a, 4 * MAX_STRIP);
-    s.alpha = take(a, 4 * MAX_STRIP);
-    s.beta = take(a, 4 * MAX_STRIP);
+    s.alpha = take(a, 4 * rows);
+    s.beta = take(a, 4 * rows);
     s.top = take(a, 4 * rows);
     s.sum = take(a, 4 * rows);
     s.q_scale = take(a, 4 * rows);
@@ -455,7 +455,7 @@ static void measure_kv(void *arg, int32_t i, int32_t thread) {
     (void)thread;
     mean_of(a->set, head_of(a->k, b, g), a->k.row, rows, c->dim, shift);
     a->set->peaks(head_of(a->v, b, g), a->v.row, rows, c->dim, scale);
-    for (int32_t d = 0; d < c->dim; d++) scale[d] *= 1.0f / 127;
+    for (int32_t d = 0; d < c->dim; d++) scale[d] = (scale[d] > 1e-30f ? scale[d] : 1e-30f) / 127;
 }
 
 static void pack_block(void *arg, int32_t i, int32_t thread) {
@@ -496,16 +496,16 @@ static void hide_future(const dsa_strip *t, int32_t strip, int32_t first_key, in
     }
 }
 
-static void attend_strip(const call *a, dsa_strip *t, int32_t keys, int32_t first_key, int32_t first_query) {
+/* Logits and probabilities of one strip; t->keys becomes 0 if all of the block lies in the future. */
+static void weigh(const call *a, dsa_strip *t, int32_t keys, int32_t first_key, int32_t first_query) {
     const dsa_config *c = a->c;
     int i8 = c->compute == DSA_I8;
     int32_t seen = c->causal ? least(keys, first_query + t->rows - first_key) : keys;
-    if (seen <= 0) return;         /* all of it lies in the future */
-    t->keys = i8 ? keys : seen;    /* v_sum is of the whole block */
+    t->keys = seen <= 0 ? 0 : i8 ? keys : seen; /* i8: v_sum is of the whole block */
+    if (!t->keys) return;
     (i8 ? a->set->qk8 : a->set->qk)(t);
     if (c->causal && first_key + t->keys - 1 > first_query) hide_future(t, 2 * a->set->width, first_key, first_query);
     (i8 ? a->set->softmax8 : a->set->softmax)(t);
-    (i8 ? a->set->pv8 : a->set->pv)(t);
 }
 
 /* The strip that starts at row `from` of a query block; its state lives in the scratch. */
@@ -520,11 +520,11 @@ static dsa_strip strip_at(const call *a, const attend_scratch *s, int32_t from, 
     t.q = s->q + (ptrdiff_t)from * dim;
     t.q8 = (int32_t *)(void *)t.q; /* i8 needs a quarter of it */
     t.o = s->o + (ptrdiff_t)from * dim;
-    t.s = s->s;
-    t.p8 = s->p8;
+    t.s = s->s + (ptrdiff_t)from * a->c->block_k;
+    t.p8 = s->p8 + (ptrdiff_t)from * a->c->block_k / 4;
     t.high = s->high;
-    t.alpha = s->alpha;
-    t.beta = s->beta;
+    t.alpha = s->alpha + from;
+    t.beta = s->beta + from;
     t.top = s->top + from;
     t.sum = s->sum + from;
     t.q_scale = s->q_scale + from;
@@ -558,6 +558,7 @@ static void attend_rows(const call *a, const attend_scratch *s, int32_t b, int32
     const dsa_config *c = a->c;
     int32_t strip = 2 * a->set->width, n = 0;
     const float *channel = c->compute == DSA_I8 ? a->m.v_scale + (size_t)(b * c->kv_heads + g) * (size_t)c->dim : NULL;
+    void (*pv)(const dsa_strip *) = c->compute == DSA_I8 ? a->set->pv8 : a->set->pv;
     dsa_strip strips[MAX_STRIPS];
     for (int32_t from = 0; from < rows; from += strip) {
         strips[n] = strip_at(a, s, from, rows);
@@ -567,8 +568,11 @@ static void attend_rows(const call *a, const attend_scratch *s, int32_t b, int32
         int32_t j = idx ? idx[x] : x, at = j * c->block_k, keys = least(c->block_k, k_valid(a, b) - at);
         for (int32_t y = 0; y < n; y++) {
             take_block(a, &strips[y], b, g, j);
-            attend_strip(a, &strips[y], keys, at, first + y * strip);
+            weigh(a, &strips[y], keys, at, first + y * strip);
         }
+        /* All strips again, so that K and then V stay in the first-level cache (32 KB hold one of them, not both). */
+        for (int32_t y = 0; y < n; y++)
+            if (strips[y].keys) pv(&strips[y]);
     }
     for (int32_t y = 0; y < n; y++)
         a->set->store(&strips[y], channel, out + y * strip * a->out_strides[2], a->out_strides[2]);

@@ -27,24 +27,3 @@ static void store_rows(const dsa_strip *t, const float *channel, float *out, ptr
         for (int d = 0; d < t->dim; d++) out[r * row + d] = o[d] * inverse * (channel ? channel[d] : 1);
     }
 }
-
-/* Four keys of one channel make a word; missing keys are 0. */
-static void pack_v(const float *v, ptrdiff_t row, int keys, int dim, const float *scale, int8_t *v8, int32_t *v_sum) {
-    for (int d = 0; d < dim; d++) v_sum[d] = 0;
-    for (int r = 0; r < keys; r += 4) {
-        int32_t *to = (int32_t *)(void *)(v8 + r * dim);
-        const float *x[4];
-        float use[4];
-        for (int i = 0; i < 4; i++) {
-            x[i] = v + (r + i < keys ? r + i : r) * row;
-            use[i] = r + i < keys;
-        }
-        for (int d = 0; d < dim; d++) {
-            float inverse = scale[d] > 0 ? 1 / scale[d] : 0;
-            int32_t a = nearest(x[0][d] * inverse), b = nearest(x[1][d] * inverse * use[1]),
-                    c = nearest(x[2][d] * inverse * use[2]), e = nearest(x[3][d] * inverse * use[3]);
-            to[d] = word(a, b, c, e);
-            v_sum[d] += a + b + c + e;
-        }
-    }
-}

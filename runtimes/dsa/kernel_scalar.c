@@ -98,6 +98,14 @@ static void pack_k(const float *k, ptrdiff_t row, int keys, int dim, const float
         for (int d = 0; d < dim; d++) k8[r * dim + d] = (int8_t)nearest((k[r * row + d] - mean[d]) * (127 / peak));
 }
 
+static void pack_v(const float *v, ptrdiff_t row, int keys, int dim, const float *scale, int8_t *v8, int32_t *v_sum) {
+    for (int d = 0; d < dim; d++) {
+        v_sum[d] = 0; /* needed only by sets that shift the bytes of P */
+        for (int r = 0; r < (keys + 3) / 4 * 4; r++)
+            v8[(r / 4 * dim + d) * 4 + r % 4] = (int8_t)(r < keys ? nearest(v[r * row + d] * (1 / scale[d])) : 0);
+    }
+}
+
 static int8_t byte(int32_t w, int i) { return (int8_t)((uint32_t)w >> 8 * i); }
 
 static void qk8(const dsa_strip *t) {
