@@ -1,4 +1,4 @@
-"""Sparse attention inside transformers' own models: dense at theta 0, exportable, saved and loaded, refused with reasons."""
+"""Sparse attention inside transformers' own models: dense at theta 0, exported, saved, refused with reasons."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def hidden(model: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def put(model: Any, theta: float, config: Config = BLOCKS) -> tuple[swap.Layer, ...]:
     def parameters(layer: swap.Layer) -> op.Parameters:
-        generator = torch.Generator().manual_seed(layer.index)
+        generator = torch.Generator().manual_seed(layer.number)
         made = dsa.fresh(layer.heads, layer.dim, generator=generator)
         return made._replace(theta=torch.full((layer.heads,), theta))
 
@@ -176,8 +176,8 @@ def test_some_layers_may_stay_dense_with_padding() -> None:
         model, given = make(family), inputs(family)
         model.set_attn_implementation("sdpa")
         want = hidden(model, given)
-        found = swap.install(model, lambda x: dsa.fresh(x.heads, x.dim) if x.index else None, BLOCKS)
-        assert [x.index for x in found] == [1]
+        found = swap.install(model, lambda x: dsa.fresh(x.heads, x.dim) if x.number else None, BLOCKS)
+        assert [x.number for x in found] == [1]
         torch.testing.assert_close(hidden(model, given), want, rtol=0, atol=2e-5)
 
 

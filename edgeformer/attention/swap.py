@@ -44,7 +44,7 @@ Tensor = torch.Tensor
 class Layer(NamedTuple):
     """One attention layer that a scorer fits on."""
 
-    index: int  # among such layers, from the input
+    number: int  # among such layers, from the input
     name: str  # its path in the model
     module: torch.nn.Module
     heads: int
@@ -171,7 +171,7 @@ def replaced(model: torch.nn.Module, make: Callable[[Layer], torch.nn.Module | N
         whole.set_attn_implementation(implementation)
 
 
-def from_pretrained(kind: type[Any], folder: str | Path) -> Any:
+def from_pretrained(kind: Any, folder: str | Path) -> Any:
     """A model that `save_pretrained` wrote with its scorers in it. `kind` is its class or an Auto class."""
     from transformers import AutoConfig
 
@@ -190,7 +190,7 @@ def from_pretrained(kind: type[Any], folder: str | Path) -> Any:
             self.get_submodule(name).add_module(SCORER, dsa.Scorer(blank, attributes, record["compute"]))
 
     # A class of the same name whose instances have scorers from the start: transformers' own loader then fills them.
-    made = type(kind.__name__, (kind,), {"__init__": with_scorers, "__module__": kind.__module__})
+    made: Any = type(kind.__name__, (kind,), {"__init__": with_scorers, "__module__": kind.__module__})
     model = made.from_pretrained(folder, attn_implementation=NAME)
     model.__class__ = kind
     setattr(model.config, RECORD, record)
@@ -271,8 +271,8 @@ def mask(
         prefix = torch.arange(attention_mask.shape[1], device=lengths.device) < lengths[:, None]
         if not torch.equal(prefix, attention_mask.bool()):
             raise BadInput(
-                "sparse attention takes right padding only, and this attention_mask has a 0 before a 1; pad on the right "
-                "(tokenizer.padding_side = 'right')"
+                "sparse attention takes right padding only, and this attention_mask has a 0 before a 1; "
+                "pad on the right (tokenizer.padding_side = 'right')"
             )
     return lengths
 
