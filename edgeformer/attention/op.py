@@ -212,7 +212,8 @@ def _call(
 ) -> None:
     """One call of the core with workspace and threads of ours; `alive` holds what the pointers point to."""
     if reason := kernel.why(c):
-        raise BadInput(f"edgeformer::{name}: {reason}; got {', '.join(f'{n}={getattr(c, n)}' for n, _ in c._fields_)}")
+        given = ", ".join(f"{field[0]}={getattr(c, field[0])}" for field in c._fields_)
+        raise BadInput(f"edgeformer::{name}: {reason}; got {given}")
     threads = torch.get_num_threads()
     size = kernel.library().dsa_workspace(ctypes.byref(c), threads)
     work = torch.empty(size, dtype=torch.uint8)

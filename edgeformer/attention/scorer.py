@@ -1,7 +1,7 @@
 """
 Trains the scorers of a model and calibrates their thresholds, with the model frozen and out of the loop.
 
-    stats = collect(model, rows, Config(block_q=32, block_k=32))   # dense runs: pooled q and k, the mass of every block
+    stats = collect(model, rows, Config(block_q=32, block_k=32))   # dense runs: pooled q and k, mass of every block
     trained = train(stats)                                         # KL of the scorer's masses to those, all layers at once
     found = calibrate(stats, trained.parameters, budget=0.5)       # thresholds that keep half of the blocks
 
@@ -35,7 +35,7 @@ BUFFER_BYTES = 16 << 20  # of the attention logits at a time
 CALIBRATION_ROWS = 32
 SAVE_EVERY = 50  # steps
 DENSE_HEAD = 0.9  # a head with this budget or more keeps everything
-_BISECTIONS = 24
+_BISECTIONS = 18
 
 
 @dataclass(frozen=True)
@@ -209,27 +209,33 @@ def train(
     count, layers, heads, _, dim = stats.qm.shape
     random = torch.Generator().manual_seed(seed)
     start = dsa.fresh(layers * heads, dim, rank=rank, dist=dist, sinks=sinks, generator=random)
-    now = Parameters(*(x.view(layers, heads, *x.shape[1:]).requires_grad_() for x in start[:4]), torch.zeros(0))
-    optimizer = torch.optim.Adam(now[:4], lr=rate)
+    learned = [x.view(layers, heads, *x.shape[1:]).requires_grad_() for x in start[:4]]
+    now = _parameters(learned, torch.zeros(0))
+    optimizer = torch.optim.Adam(learned, lr=rate)
     recipe = _recipe(stats, rank, dist, sinks, steps, batch, rate, seed)
     with torch.no_grad():
         first_kl = float(divergence(stats.of(slice(CALIBRATION_ROWS)), now))
-    done = _resume(checkpoint, recipe, now, optimizer, random)
+    done = _resume(checkpoint, recipe, learned, optimizer, random)
     for step in range(done, steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
         picked = torch.randint(count, (min(batch, count),), generator=random)
         loss = divergence(stats.of(picked), now)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         progress("train scorers", step + 1, steps)
         if checkpoint and ((step + 1) % SAVE_EVERY == 0 or step + 1 == steps):
-            _save(Path(checkpoint), recipe, step + 1, now, optimizer, random)
+            _save(Path(checkpoint), recipe, step + 1, learned, optimizer, random)
     with torch.no_grad():
         kl = float(divergence(stats.of(slice(CALIBRATION_ROWS)), now))
     selecting = stats.km.shape[2] if stats.config.select_per_kv else heads
-    return Trained(Parameters(*(x.detach() for x in now[:4]), torch.zeros(layers, selecting)), first_kl, kl)
+    return Trained(_parameters([x.detach() for x in learned], torch.zeros(layers, selecting)), first_kl, kl)
+
+
+def _parameters(learned: Sequence[Tensor], theta: Tensor) -> Parameters:
+    wq, wk, dist_bias, sink_bias = learned
+    return Parameters(wq, wk, dist_bias, sink_bias, theta)
 
 
 def _recipe(stats: Statistics, *settings: Any) -> str:
@@ -241,20 +247,20 @@ def _recipe(stats: Statistics, *settings: Any) -> str:
 
 
 def _save(
-    path: Path, recipe: str, step: int, now: Parameters, optimizer: torch.optim.Optimizer, random: torch.Generator
+    path: Path, recipe: str, step: int, learned: list[Tensor], optimizer: torch.optim.Optimizer, random: torch.Generator
 ) -> None:
     """Whole or not at all."""
     state = {
         "recipe": recipe,
         "step": step,
-        "parameters": [x.detach() for x in now[:4]],
+        "parameters": [x.detach() for x in learned],
         "optimizer": optimizer.state_dict(),
         "random": random.get_state(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(path) as work:
         torch.save(state, work)
-        os.replace(work, path)
+        work.replace(path)
 
 
 @contextmanager
@@ -267,7 +273,11 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 
 def _resume(
-    path: str | Path | None, recipe: str, now: Parameters, optimizer: torch.optim.Optimizer, random: torch.Generator
+    path: str | Path | None,
+    recipe: str,
+    learned: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    random: torch.Generator,
 ) -> int:
     """Steps that are already done."""
     if path is None or not Path(path).exists():
@@ -280,7 +290,7 @@ def _resume(
     if theirs != recipe:
         raise BadInput(f"{path} was made with other rows or settings; delete it or name another file")
     with torch.no_grad():
-        for mine, saved in zip(now[:4], state["parameters"], strict=True):
+        for mine, saved in zip(learned, state["parameters"], strict=True):
             mine.copy_(saved)
     optimizer.load_state_dict(state["optimizer"])
     random.set_state(state["random"])
@@ -292,8 +302,8 @@ def _resume(
 
 def calibrate(stats: Statistics, parameters: Parameters, budget: float, *, per_head: bool = False) -> Calibration:
     """
-    Thresholds (or, by the config's rule, masses or counts) that keep `budget` of the candidates at this length: one value
-    for all heads, which gives each head its own share, or `per_head` values from greedy budgets.
+    Thresholds (or, by the config's rule, masses or counts) that keep `budget` of the candidates at this length: one
+    value for all heads, which gives each head its own share, or `per_head` values from greedy budgets.
     """
     if not 0 < budget <= 1:
         raise BadInput(f"budget {budget} must be above 0 and at most 1: the fraction of blocks to keep")

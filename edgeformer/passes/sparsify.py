@@ -3,9 +3,9 @@ Dynamic sparse attention: each layer reads only the key blocks that its scorer e
 
     build(model, target, passes=[sparsify.dsa(long_texts, budget=0.5)])
 
-Trains the scorers on the rows given (the model itself does not change), finds the thresholds that keep `budget` of the
-blocks at their length, and swaps the attention. It pays from about a thousand tokens on; below `dense_below` tokens, and
-in layers that would keep nearly everything, attention stays dense.
+Trains the scorers on the rows given (the model's own weights do not change), finds the thresholds that keep `budget`
+of the blocks at their length, and swaps the attention. It pays from about a thousand tokens on; below `dense_below`
+tokens, and in layers that would keep nearly everything, attention stays dense.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def dsa(
     progress: scorer.Progress = scorer.quiet,
 ) -> Pass:
     """
-    rows: long texts, or model inputs as in `edgeformer.data`; the longer ones serve, cut to `length` (the model's limit).
+    rows: long texts, or inputs as in `edgeformer.data`; the longer ones serve, cut to `length` (the model's limit).
     budget: fraction of blocks to keep. block: tokens a side, 32 (finer) or 64 (faster). rule: reference.THRESHOLD,
     TOP_P or TOP_K. per_head: a budget a head instead of one threshold for all. int8: attention in int8 as well.
     checkpoint: a file from which interrupted scorer training goes on.
