@@ -1,8 +1,8 @@
 """
 Trains the scorers of a model and calibrates their thresholds, with the model frozen and out of the loop.
 
-    stats = collect(model, rows, Config(block_q=32, block_k=32))   # dense runs: pooled q and k, mass of every block
-    trained = train(stats)                                         # KL of the scorer's masses to those, all layers at once
+    stats = collect(model, rows, Config(block_q=32, block_k=32))   # dense: pooled q and k, block masses
+    trained = train(stats)                                        # KL of the scorer to those, all layers at once
     found = calibrate(stats, trained.parameters, budget=0.5)       # thresholds that keep half of the blocks
 
 Statistics take no N x N tensor: attention runs a head and a chunk of rows at a time. Training is seeded, and resumes
@@ -312,6 +312,12 @@ def calibrate(stats: Statistics, parameters: Parameters, budget: float, *, per_h
         return settle(stats, masses(stats, parameters), budget, per_head=per_head)
 
 
+def calibrated_on(stats: Statistics, budget: float) -> Tensor:
+    """The theta [L, Hs] that keeps `budget` of the blocks when the masses are the true ones."""
+    few = stats.of(slice(CALIBRATION_ROWS))
+    return settle(few, few.mass, budget).theta
+
+
 def settle(stats: Statistics, p: Tensor, budget: float, *, per_head: bool = False) -> Calibration:
     """`calibrate` for masses [n, L, Hs, nQ, nK] from anywhere."""
     c, plan, heads = stats.config, stats.plan, p.shape[2]
@@ -347,7 +353,8 @@ def _bisect(share: Callable[[Tensor], Tensor], target: Tensor, rule: int, nk: in
         low, high = torch.where(up, middle, low), torch.where(up, high, middle)
     if rule == TOP_K:
         low, high = low.floor(), high.floor()
-    return torch.where((share(low) - target).abs() < (share(high) - target).abs(), low, high)
+    more, less = (low, high) if rule == THRESHOLD else (high, low)
+    return torch.where((share(less) - target).abs() < (share(more) - target).abs(), less, more)
 
 
 def _budgets(p: Tensor, mass: Tensor, plan: dsa.Plan, budget: float) -> Tensor:
