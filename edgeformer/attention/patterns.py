@@ -206,7 +206,7 @@ def oracle(stats: scorer.Statistics, budget: float) -> Pattern:
                 unused = torch.zeros_like(q[b, :, :n])
                 here = mass[b, :, : blocks(n, c.block_q), : blocks(n, c.block_k)]
                 scorer.dense_with_mass(c, q[b, :, :n], k[b, :, :n], k[b, :, :n], q.shape[3] ** -0.5, unused, here)
-            shown = dsa.plan(c, q.shape[0], *mass.shape[2:], valid, valid)
+            shown = dsa.plan(c, q.shape[0], mass.shape[2], mass.shape[3], valid, valid)
             return dsa.choose(c, mass, shown, theta[layer.number], 0)
 
         return _Blocks(choose, stats.config, tally)

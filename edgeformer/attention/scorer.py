@@ -334,9 +334,8 @@ def settle(stats: Statistics, p: Tensor, budget: float, *, per_head: bool = Fals
     shape = p.shape[1:3]
     target = _budgets(p, mass, plan, budget) if per_head else torch.full(shape, budget)
     theta = _bisect(share, target, c.rule, p.shape[-1])
-    if per_head:
-        everything = {THRESHOLD: 0.0, TOP_P: 1.0, TOP_K: float(p.shape[-1])}[c.rule]
-        theta = torch.where(target >= DENSE_HEAD, everything, theta)
+    everything = {THRESHOLD: 0.0, TOP_P: 1.0, TOP_K: float(p.shape[-1])}[c.rule]
+    theta = torch.where(target >= (DENSE_HEAD if per_head else 1.0), everything, theta)
     chosen = kept(theta)
     by_layer = tuple((chosen.sum((0, 2, 3, 4)) / total.sum(1)).tolist())
     seen = plan.candidates.any(-1).expand(p.shape[:-1]).sum()
