@@ -71,7 +71,7 @@ def test_training_lowers_the_divergence_and_repeats(family: str) -> None:
 
 
 def test_training_goes_on_from_its_checkpoint_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found, file = stats(), tmp_path / "scorers.pt"
+    found, file = stats(), tmp_path / "scorers.safetensors"
     monkeypatch.setattr(scorer, "SAVE_EVERY", 5)
     settings: dict[str, Any] = {"steps": 20, "batch": 2, "rank": 8}
     want = scorer.train(found, **settings)
@@ -86,7 +86,7 @@ def test_training_goes_on_from_its_checkpoint_bit_for_bit(tmp_path: Path, monkey
     again = scorer.train(found, **settings, checkpoint=file, progress=lambda _w, done, _t: steps.append(done))
     assert steps == list(range(11, 21)), "10 of 13 steps were saved"
     assert all(torch.equal(a, b) for a, b in zip(again.parameters, want.parameters, strict=True))
-    assert again.kl == want.kl and [x.name for x in tmp_path.iterdir()] == ["scorers.pt"]
+    assert again.kl == want.kl and [x.name for x in tmp_path.iterdir()] == ["scorers.safetensors"]
     with pytest.raises(BadInput, match="other rows or settings"):
         scorer.train(found, **{**settings, "batch": 3}, checkpoint=file)
     file.write_bytes(b"nothing")

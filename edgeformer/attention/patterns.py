@@ -26,7 +26,6 @@ from .op import Parameters
 from .reference import TOP_K, Config, blocks
 
 Tensor = torch.Tensor
-Attention = torch.nn.Module
 
 
 @dataclass
@@ -45,10 +44,10 @@ class Tally:
 
 @dataclass(frozen=True)
 class Pattern:
-    make: Callable[[swap.Layer, Tally], Attention]
+    make: Callable[[swap.Layer, Tally], torch.nn.Module]
     tally: Tally = field(default_factory=Tally)
 
-    def __call__(self, layer: swap.Layer) -> Attention:
+    def __call__(self, layer: swap.Layer) -> torch.nn.Module:
         return self.make(layer, self.tally)
 
 
@@ -58,7 +57,7 @@ class Pattern:
 Choose = Callable[[Config, Tensor, Tensor, Tensor | None], Tensor]
 
 
-class _Blocks(Attention):
+class _Blocks(torch.nn.Module):
     """Attention over chosen blocks, through the lists of the operator."""
 
     def __init__(self, choose: Choose, config: Config, tally: Tally) -> None:
@@ -81,7 +80,7 @@ class _Blocks(Attention):
 def _fixed(stats: scorer.Statistics, kept: Tensor) -> Pattern:
     """The same lists [L, H, nQ, nK] for every input; shorter ones use the upper left part."""
 
-    def make(layer: swap.Layer, tally: Tally) -> Attention:
+    def make(layer: swap.Layer, tally: Tally) -> torch.nn.Module:
         def choose(c: Config, q: Tensor, k: Tensor, _: Tensor | None) -> Tensor:
             nq, nk = blocks(q.shape[2], c.block_q), blocks(k.shape[2], c.block_k)
             if nq > kept.shape[2] or nk > kept.shape[3]:
@@ -149,7 +148,7 @@ def bigbird(stats: scorer.Statistics, budget: float, seed: int = 0) -> Pattern:
     return _fixed(stats, kept)
 
 
-class _Scored(Attention):
+class _Scored(torch.nn.Module):
     """The operator itself, counted."""
 
     def __init__(self, inner: dsa.Scorer, tally: Tally) -> None:
@@ -167,7 +166,7 @@ class _Scored(Attention):
 def scored(parameters: Parameters, config: Config, compute: int = 0) -> Pattern:
     """`edgeformer::dsa` with parameters stacked over layers, theta included."""
 
-    def make(layer: swap.Layer, tally: Tally) -> Attention:
+    def make(layer: swap.Layer, tally: Tally) -> torch.nn.Module:
         return _Scored(dsa.Scorer(scorer.one_layer(parameters, layer.number), config, compute), tally)
 
     return Pattern(make)
@@ -198,7 +197,7 @@ def oracle(stats: scorer.Statistics, budget: float) -> Pattern:
     """The true block mass under the same rule: what a perfect scorer would reach. Costs more than dense."""
     theta = scorer.calibrated_on(stats, budget)
 
-    def make(layer: swap.Layer, tally: Tally) -> Attention:
+    def make(layer: swap.Layer, tally: Tally) -> torch.nn.Module:
         def choose(c: Config, q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor:
             mass = torch.zeros(*q.shape[:2], blocks(q.shape[2], c.block_q), blocks(k.shape[2], c.block_k))
             valid = dsa.full_lengths(k, lengths)
@@ -222,7 +221,7 @@ def _bidirectional(layer: swap.Layer, name: str) -> None:
         raise BadInput(f"{name} is compared on encoders only: this model is causal")
 
 
-class _Performer(Attention):
+class _Performer(torch.nn.Module):
     def __init__(self, dim: int, features: int, seed: int, tally: Tally) -> None:
         super().__init__()
         random = torch.Generator().manual_seed(seed)
@@ -243,14 +242,14 @@ class _Performer(Attention):
 def performer(features: int = 256, seed: int = 0) -> Pattern:
     """Linear attention with positive orthogonal random features (FAVOR+). Its kept fraction is features / tokens."""
 
-    def make(layer: swap.Layer, tally: Tally) -> Attention:
+    def make(layer: swap.Layer, tally: Tally) -> torch.nn.Module:
         _bidirectional(layer, "Performer")
         return _Performer(layer.dim, features, seed, tally)
 
     return Pattern(make)
 
 
-class _Linformer(Attention):
+class _Linformer(torch.nn.Module):
     def __init__(self, share: float, tally: Tally) -> None:
         super().__init__()
         self.share, self.tally = share, tally
@@ -273,14 +272,14 @@ class _Linformer(Attention):
 def linformer(share: float) -> Pattern:
     """Keys and values projected to `share` of the tokens, here by segment means: a frozen model has no learned ones."""
 
-    def make(layer: swap.Layer, tally: Tally) -> Attention:
+    def make(layer: swap.Layer, tally: Tally) -> torch.nn.Module:
         _bidirectional(layer, "Linformer")
         return _Linformer(share, tally)
 
     return Pattern(make)
 
 
-class _Hashed(Attention):
+class _Hashed(torch.nn.Module):
     def __init__(self, dim: int, buckets: int, rounds: int, seed: int, tally: Tally) -> None:
         super().__init__()
         random = torch.Generator().manual_seed(seed)
@@ -304,7 +303,7 @@ class _Hashed(Attention):
 def lsh(buckets: int, rounds: int = 1, seed: int = 0) -> Pattern:
     """Tokens whose query and key fall into one bucket (Reformer; without its shared queries and keys)."""
 
-    def make(layer: swap.Layer, tally: Tally) -> Attention:
+    def make(layer: swap.Layer, tally: Tally) -> torch.nn.Module:
         _bidirectional(layer, "Reformer")
         return _Hashed(layer.dim, buckets, rounds, seed, tally)
 

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from ..errors import BadInput
 from . import dsa, swap
@@ -250,16 +252,12 @@ def _save(
     path: Path, recipe: str, step: int, learned: list[Tensor], optimizer: torch.optim.Optimizer, random: torch.Generator
 ) -> None:
     """Whole or not at all."""
-    state = {
-        "recipe": recipe,
-        "step": step,
-        "parameters": [x.detach() for x in learned],
-        "optimizer": optimizer.state_dict(),
-        "random": random.get_state(),
-    }
+    tensors = {"random": random.get_state()}
+    for i, x in enumerate(learned):
+        tensors |= {f"{i}.value": x.detach()} | {f"{i}.{name}": value for name, value in optimizer.state[x].items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(path) as work:
-        torch.save(state, work)
+        save_file({name: x.contiguous() for name, x in tensors.items()}, work, {"recipe": recipe, "step": str(step)})
         work.replace(path)
 
 
@@ -283,18 +281,18 @@ def _resume(
     if path is None or not Path(path).exists():
         return 0
     try:
-        state = torch.load(path, weights_only=True)
-        theirs = state["recipe"]
-    except Exception as error:  # whatever a damaged file makes torch raise
+        with safe_open(path, "pt") as file:
+            made, saved = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
         raise BadInput(f"{path} is no checkpoint of scorers ({error}); delete it or name another file") from error
-    if theirs != recipe:
+    if made.get("recipe") != recipe:
         raise BadInput(f"{path} was made with other rows or settings; delete it or name another file")
-    with torch.no_grad():
-        for mine, saved in zip(learned, state["parameters"], strict=True):
-            mine.copy_(saved)
-    optimizer.load_state_dict(state["optimizer"])
-    random.set_state(state["random"])
-    return int(state["step"])
+    for i, x in enumerate(learned):
+        mine = {name.split(".")[1]: value for name, value in saved.items() if name.startswith(f"{i}.")}
+        x.data.copy_(mine.pop("value"))
+        optimizer.state[x] = mine
+    random.set_state(saved["random"])
+    return int(made["step"])
 
 
 # --- calibration ------------------------------------------------------------------------------------------------------

@@ -200,7 +200,7 @@ def from_pretrained(kind: Any, folder: str | Path) -> Any:
 # --- what transformers calls ------------------------------------------------------------------------------------------
 
 
-def attention(
+def _attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -209,7 +209,7 @@ def attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """`attention_mask`: lengths [B] from `mask`, None, or (dense layers) the mask that SDPA takes."""
+    """`attention_mask`: lengths [B] from `_mask`, None, or (dense layers) the mask that SDPA takes."""
     sparse = getattr(module, SCORER, None)
     causal = _causal(module)
     lengths = attention_mask if attention_mask is None or attention_mask.ndim == 1 else None
@@ -241,7 +241,7 @@ def _dense_mask(lengths: Tensor, query: Tensor, key: Tensor, causal: bool) -> Te
     return seen
 
 
-def mask(
+def _mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -277,5 +277,5 @@ def mask(
     return lengths
 
 
-AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, mask)
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)

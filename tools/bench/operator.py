@@ -63,7 +63,9 @@ def ort_attention(q: Any, k: Any, v: Any) -> Callable[[], Any]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    packed = {x: np.ascontiguousarray(t.swapaxes(1, 2)).reshape(batch, n, heads * dim) for x, t in zip("qkv", (q, k, v))}
+    packed = {
+        x: np.ascontiguousarray(t.swapaxes(1, 2)).reshape(batch, n, heads * dim) for x, t in zip("qkv", (q, k, v))
+    }
     return lambda: session.run(None, packed)
 
 
@@ -74,7 +76,19 @@ def peak() -> tuple[Callable[[], Any], int]:
         made = f"{folder}/peak.so"
         flags = native.kernel_sets(goal.arch)[best]
         source = str(Path(__file__).parent / "peak.c")
-        native.zig("-target", goal.triple, "-O3", "-ffp-contract=fast", "-fno-sanitize=all", *flags, "-shared", "-fPIC", source, "-o", made)
+        native.zig(
+            "-target",
+            goal.triple,
+            "-O3",
+            "-ffp-contract=fast",
+            "-fno-sanitize=all",
+            *flags,
+            "-shared",
+            "-fPIC",
+            source,
+            "-o",
+            made,
+        )
         lib = ctypes.CDLL(made)
     lib.peak.restype = ctypes.c_float
     steps = 1_000_000
@@ -101,13 +115,22 @@ def entries(n: int, dim: int, sets: list[str]) -> list[Entry]:
     made = [Entry(None, "ort", 1.0, ort_attention(q, k, v))]
     lists, none, to = kernel.empty_lists(c, q, k), kernel.lengths(None, None), kernel.output(out)
     half, _ = theta_for(0.5, c, q, k, s)
-    score = kernel.prepare("dsa_select", kernel.config(c, q, k, s), (*tensors[:2], kernel.scorer(half), none), kernel.addresses(lists))
+    score = kernel.prepare(
+        "dsa_select", kernel.config(c, q, k, s), (*tensors[:2], kernel.scorer(half), none), kernel.addresses(lists)
+    )
     thetas = {kept: theta_for(kept, c, q, k, s) for kept in KEPT}
     for name in sets:
         made.append(Entry(name, "score", 0.0, score))
         for compute, precision in ((kernel.F32, "f32"), (kernel.I8, "i8")):
             dense = kernel.config(c, q, k, compute=compute)
-            made.append(Entry(name, f"{precision} dense", 1.0, kernel.prepare("dsa_attend", dense, (*tensors, None, None, none), to)))
+            made.append(
+                Entry(
+                    name,
+                    f"{precision} dense",
+                    1.0,
+                    kernel.prepare("dsa_attend", dense, (*tensors, None, None, none), to),
+                )
+            )
             for kept, (scorer, got) in thetas.items():
                 sparse = kernel.config(replace(c, rule=0), q, k, s, compute)
                 run = kernel.prepare("dsa_fused", sparse, (*tensors, kernel.scorer(scorer), none), (*to, None))
@@ -148,9 +171,29 @@ def report(n: int, dim: int, sets: list[str], seconds: float, console: Console) 
         speed, rate = base / middle, work * e.kept / middle / 1e9
         goal = GOALS.get((e.name, dim), {}).get(n) if e.kernels == sets[0] else None
         verdict = "" if goal is None else f"{'met' if speed >= goal else 'MISSED'} ({goal})"
-        cells = (f"{e.kept:.2f}", f"{middle * 1e3:.3f}", f"{np.quantile(taken, 0.9) * 1e3:.3f}", f"{rate:.0f}", f"{rate / ceiling:.0%}")
+        cells = (
+            f"{e.kept:.2f}",
+            f"{middle * 1e3:.3f}",
+            f"{np.quantile(taken, 0.9) * 1e3:.3f}",
+            f"{rate:.0f}",
+            f"{rate / ceiling:.0%}",
+        )
         table.add_row(e.kernels or "onnxruntime", e.name, *cells, f"{speed:.2f}", verdict)
-        found.append({"n": n, "dim": dim, "kernels": e.kernels, "what": e.name, "kept": e.kept, "ms": middle * 1e3, "times_ort": speed, "gflops": rate, "peak_gflops": ceiling, "rounds": len(taken), "goal": goal})
+        found.append(
+            {
+                "n": n,
+                "dim": dim,
+                "kernels": e.kernels,
+                "what": e.name,
+                "kept": e.kept,
+                "ms": middle * 1e3,
+                "times_ort": speed,
+                "gflops": rate,
+                "peak_gflops": ceiling,
+                "rounds": len(taken),
+                "goal": goal,
+            }
+        )
     console.print(table)
     return found
 
@@ -166,7 +209,11 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     known = list(native.kernel_sets(native.TARGETS[native.host()].arch))
-    sets = given.sets or ([kernel.kernels()] if given.quick else [x for x in known if x != "scalar" and kernel.library().dsa_limit(x.encode())])
+    sets = given.sets or (
+        [kernel.kernels()]
+        if given.quick
+        else [x for x in known if x != "scalar" and kernel.library().dsa_limit(x.encode())]
+    )
     kernel.library().dsa_limit(None)
     console, found = Console(width=110), []
     for n in given.n or ([512, 2048] if given.quick else [128, 512, 2048, 3584]):
