@@ -12,6 +12,7 @@
     - BadInput                            an argument or a file that cannot be used as given
   x Missing                            3  something must be installed, with the line that does it
     - MissingExtra, MissingTool, MissingRuntime
+    - BuildError                          a native source did not compile here
   x LinkError                          3  the device cannot be reached or refuses
 
 A message says what was wrong, which value, and what to do.
@@ -126,6 +127,10 @@ class MissingRuntime(Missing):
 
     def __init__(self, runtime: str, device: str, fix: str) -> None:
         super().__init__(f"{device} has no {runtime}. Run there: {fix}")
+
+
+class BuildError(Missing):
+    """A native source did not compile. The message names the files, the target and the compiler's last words."""
 
 
 class LinkError(EdgeformerError):

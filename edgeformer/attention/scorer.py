@@ -1,0 +1,373 @@
+"""
+Trains the scorers of a model and calibrates their thresholds, with the model frozen and out of the loop.
+
+    stats = collect(model, rows, Config(block_q=32, block_k=32))   # dense: pooled q and k, block masses
+    trained = train(stats)                                        # KL of the scorer to those, all layers at once
+    found = calibrate(stats, trained.parameters, budget=0.5)       # thresholds that keep half of the blocks
+
+Statistics take no N x N tensor: attention runs a head and a chunk of rows at a time. Training is seeded, and resumes
+from its checkpoint with the bits of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..errors import BadInput
+from . import dsa, swap
+from .op import Parameters
+from .reference import THRESHOLD, TOP_K, TOP_P, Config, blocks
+
+Tensor = torch.Tensor
+Progress = Callable[[str, int, int], None]  # what, done, total
+RowInputs = Mapping[str, Any] | Sequence[Any]  # of one forward, with a batch axis of 1
+
+BUFFER_BYTES = 16 << 20  # of the attention logits at a time
+CALIBRATION_ROWS = 32
+SAVE_EVERY = 50  # steps
+DENSE_HEAD = 0.9  # a head with this budget or more keeps everything
+_BISECTIONS = 18
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the dense model did on n rows, for L layers of one shape. Mass rows sum to 1 over the blocks seen."""
+
+    config: Config  # its block sizes, causality and forced blocks hold for training and calibration
+    lengths: Tensor  # [n]
+    qm: Tensor  # [n, L, H, nQ, D] mean query of each block
+    km: Tensor  # [n, L, Hkv, nK, D]
+    mass: Tensor  # [n, L, H, nQ, nK] mean attention that a query block gives a key block
+
+    def of(self, rows: Any) -> Statistics:
+        parts = {name: getattr(self, name)[rows] for name in ("lengths", "qm", "km", "mass")}
+        return replace(self, **parts)
+
+    @property
+    def plan(self) -> dsa.Plan:
+        """[n, 1, 1, nQ, nK]: the same for all layers and heads."""
+        nq, nk = self.mass.shape[-2:]
+        found = dsa.plan(self.config, len(self.lengths), nq, nk, self.lengths, self.lengths)
+        return dsa.Plan(*(x.unsqueeze(1) for x in found))
+
+
+class Trained(NamedTuple):
+    parameters: Parameters  # stacked: wq [L, H, D, r], ...; theta 0
+    first_kl: float  # of the untrained scorer, over all rows
+    kl: float
+
+
+class Calibration(NamedTuple):
+    theta: Tensor  # [L, Hs]
+    kept: float  # fraction of the candidates, over all layers and heads
+    kept_by_layer: tuple[float, ...]
+    recall: float  # share of the dense attention's mass that is kept
+
+
+def quiet(_what: str, _done: int, _total: int) -> None:
+    """No progress shown."""
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+class _Recorder(torch.nn.Module):
+    """Dense attention that notes block means and masses in preallocated tensors."""
+
+    def __init__(self, stats: Statistics, layer: swap.Layer, at: Callable[[], int]) -> None:
+        super().__init__()
+        self.stats, self.layer, self.at = stats, layer, at
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, _causal: bool, scale: float) -> Tensor:
+        stats, full = self.stats, q.shape[2]
+        n = full if lengths is None else int(lengths[0])
+        if q.shape[0] != 1 or full != k.shape[2] or not 0 < n <= _capacity(stats):
+            raise BadInput(f"statistics take one row of 1 to {_capacity(stats)} tokens at a time, got {tuple(q.shape)}")
+        c, at, layer = stats.config, self.at(), self.layer.number
+        stats.lengths[at] = n
+        q, k, v = (x[0, :, :n].float() for x in (q, k, v))
+        for into, x, block in ((stats.qm, q, c.block_q), (stats.km, k, c.block_k)):
+            into[at, layer, :, : blocks(n, block)] = dsa.pool(x[None], block, None)[0]
+        out = torch.zeros(1, q.shape[0], full, q.shape[2])
+        dense_with_mass(c, q, k, v, scale or q.shape[2] ** -0.5, out[0], stats.mass[at, layer])
+        return out
+
+
+def _capacity(stats: Statistics) -> int:
+    return stats.mass.shape[-1] * stats.config.block_k
+
+
+def dense_with_mass(c: Config, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, mass: Tensor) -> None:
+    """Softmax attention of [H,N,D] into `out`, the mean mass of each block into `mass` [H,nQ,nK], by chunks of rows."""
+    n, nk = q.shape[1], blocks(k.shape[1], c.block_k)
+    step = max(BUFFER_BYTES // (4 * nk * c.block_k * c.block_q), 1) * c.block_q
+    buffer = torch.zeros(min(step, n), nk * c.block_k)  # columns past the keys stay 0
+    for h in range(q.shape[0]):
+        group = h * k.shape[0] // q.shape[0]
+        for first in range(0, n, step):
+            rows = slice(first, min(first + step, n))
+            p = buffer[: rows.stop - first, : k.shape[1]]
+            torch.mm(q[h, rows] * scale, k[group].T, out=p)
+            if c.causal:
+                p.masked_fill_(torch.arange(k.shape[1]) > torch.arange(first, rows.stop)[:, None], -torch.inf)
+            torch.softmax(p, -1, out=p)
+            torch.mm(p, v[group], out=out[h, rows])
+            by_block = buffer[: rows.stop - first].view(1, 1, -1, nk, c.block_k).sum(-1)
+            at = slice(first // c.block_q, blocks(rows.stop, c.block_q))
+            mass[h, at, :nk] = dsa.pool(by_block, c.block_q, None)[0, 0]
+
+
+def collect(
+    model: torch.nn.Module, rows: Sequence[RowInputs], config: Config, progress: Progress = quiet, length: int = 0
+) -> Statistics:
+    """Runs the model dense over `rows`, one at a time. `length`: of the longest row; asked from the rows by default."""
+    layers = swap.layers(model)
+    if len({(x.heads, x.kv_heads, x.dim, x.causal) for x in layers}) != 1:
+        raise BadInput(
+            "the attention layers differ in their number or size of heads; train scorers for equal layers only"
+        )
+    if not rows:
+        raise BadInput("no rows to train scorers on")
+    one = layers[0]
+    length = length or max(_tokens(row) for row in rows)
+    config = replace(config, causal=int(one.causal))
+    shape = (len(rows), len(layers))
+    nq, nk = blocks(length, config.block_q), blocks(length, config.block_k)
+    stats = Statistics(
+        config,
+        torch.zeros(len(rows), dtype=torch.int64),
+        torch.zeros(*shape, one.heads, nq, one.dim),
+        torch.zeros(*shape, one.kv_heads, nk, one.dim),
+        torch.zeros(*shape, one.heads, nq, nk),
+    )
+    done = 0
+    with torch.no_grad(), swap.replaced(model, lambda layer: _Recorder(stats, layer, lambda: done)):
+        for row in rows:
+            model(**row) if isinstance(row, Mapping) else model(*row)
+            done += 1
+            progress("dense statistics", done, len(rows))
+    return stats
+
+
+def _tokens(row: RowInputs) -> int:
+    first = next(iter(row.values())) if isinstance(row, Mapping) else row[0]
+    if first.ndim != 2:
+        raise BadInput("the length of these rows is not that of their first input; give `length`")
+    return int(first.shape[1])
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def masses(stats: Statistics, parameters: Parameters) -> Tensor:
+    """p of every block, [n, L, Hs, nQ, nK]."""
+    c, heads = stats.config, stats.qm.shape[2]
+    z = dsa.scores(c, stats.qm, stats.km.repeat_interleave(heads // stats.km.shape[2], 2), parameters)
+    p = dsa.softmax(z.masked_fill(~stats.plan.candidates, -torch.inf))
+    if not c.select_per_kv:
+        return p
+    groups = stats.km.shape[2]
+    return p.view(*p.shape[:2], groups, heads // groups, *p.shape[3:]).mean(3)
+
+
+def divergence(stats: Statistics, parameters: Parameters) -> Tensor:
+    """KL of the dense masses to the scorer's, the mean over query blocks, candidates only."""
+    candidates = stats.plan.candidates
+    km = stats.km.repeat_interleave(stats.qm.shape[2] // stats.km.shape[2], 2)
+    z = dsa.scores(stats.config, stats.qm, km, parameters).masked_fill(~candidates, -1e30)
+    gap = stats.mass.clamp(min=1e-9).log() - torch.log_softmax(z, -1)
+    rows = candidates.any(-1).expand(stats.mass.shape[:-1]).sum()
+    return (stats.mass * gap).masked_fill(~candidates, 0.0).sum() / rows
+
+
+def train(
+    stats: Statistics,
+    *,
+    rank: int = dsa.RANK,
+    dist: int = dsa.DIST,
+    sinks: int = dsa.SINKS,
+    steps: int = 400,
+    batch: int = 16,
+    rate: float = 2e-2,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    progress: Progress = quiet,
+) -> Trained:
+    """
+    Adam with a cosine rate on batches of rows. Encoders: the defaults and 100 rows of 512 tokens. Decoders: 150 steps
+    of 2 rows at a rate of 1e-2. `checkpoint`: a file that a second call with the same data and settings goes on from.
+    """
+    count, layers, heads, _, dim = stats.qm.shape
+    random = torch.Generator().manual_seed(seed)
+    start = dsa.fresh(layers * heads, dim, rank=rank, dist=dist, sinks=sinks, generator=random)
+    learned = [x.view(layers, heads, *x.shape[1:]).requires_grad_() for x in start[:4]]
+    now = _parameters(learned, torch.zeros(0))
+    optimizer = torch.optim.Adam(learned, lr=rate)
+    recipe = _recipe(stats, rank, dist, sinks, steps, batch, rate, seed)
+    with torch.no_grad():
+        first_kl = float(divergence(stats.of(slice(CALIBRATION_ROWS)), now))
+    done = _resume(checkpoint, recipe, learned, optimizer, random)
+    for step in range(done, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
+        picked = torch.randint(count, (min(batch, count),), generator=random)
+        loss = divergence(stats.of(picked), now)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        progress("train scorers", step + 1, steps)
+        if checkpoint and ((step + 1) % SAVE_EVERY == 0 or step + 1 == steps):
+            _save(Path(checkpoint), recipe, step + 1, learned, optimizer, random)
+    with torch.no_grad():
+        kl = float(divergence(stats.of(slice(CALIBRATION_ROWS)), now))
+    selecting = stats.km.shape[2] if stats.config.select_per_kv else heads
+    return Trained(_parameters([x.detach() for x in learned], torch.zeros(layers, selecting)), first_kl, kl)
+
+
+def _parameters(learned: Sequence[Tensor], theta: Tensor) -> Parameters:
+    wq, wk, dist_bias, sink_bias = learned
+    return Parameters(wq, wk, dist_bias, sink_bias, theta)
+
+
+def _recipe(stats: Statistics, *settings: Any) -> str:
+    """Everything that training depends on, as one digest."""
+    digest = hashlib.sha256(repr((stats.config, settings)).encode())
+    for x in (stats.lengths, stats.qm, stats.km, stats.mass):
+        digest.update(repr(tuple(x.shape)).encode() + x.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _save(
+    path: Path, recipe: str, step: int, learned: list[Tensor], optimizer: torch.optim.Optimizer, random: torch.Generator
+) -> None:
+    """Whole or not at all."""
+    tensors = {"random": random.get_state()}
+    for i, x in enumerate(learned):
+        tensors |= {f"{i}.value": x.detach()} | {f"{i}.{name}": value for name, value in optimizer.state[x].items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _temporary(path) as work:
+        save_file({name: x.contiguous() for name, x in tensors.items()}, work, {"recipe": recipe, "step": str(step)})
+        work.replace(path)
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    work = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield work
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def _resume(
+    path: str | Path | None,
+    recipe: str,
+    learned: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    random: torch.Generator,
+) -> int:
+    """Steps that are already done."""
+    if path is None or not Path(path).exists():
+        return 0
+    try:
+        with safe_open(path, "pt") as file:
+            made, saved = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path} is no checkpoint of scorers ({error}); delete it or name another file") from error
+    if made.get("recipe") != recipe:
+        raise BadInput(f"{path} was made with other rows or settings; delete it or name another file")
+    for i, x in enumerate(learned):
+        mine = {name.split(".")[1]: value for name, value in saved.items() if name.startswith(f"{i}.")}
+        x.data.copy_(mine.pop("value"))
+        optimizer.state[x] = mine
+    random.set_state(saved["random"])
+    return int(made["step"])
+
+
+# --- calibration ------------------------------------------------------------------------------------------------------
+
+
+def calibrate(stats: Statistics, parameters: Parameters, budget: float, *, per_head: bool = False) -> Calibration:
+    """
+    Thresholds (or, by the config's rule, masses or counts) that keep `budget` of the candidates at this length: one
+    value for all heads, which gives each head its own share, or `per_head` values from greedy budgets.
+    """
+    if not 0 < budget <= 1:
+        raise BadInput(f"budget {budget} must be above 0 and at most 1: the fraction of blocks to keep")
+    stats = stats.of(slice(CALIBRATION_ROWS))
+    with torch.no_grad():
+        return settle(stats, masses(stats, parameters), budget, per_head=per_head)
+
+
+def calibrated_on(stats: Statistics, budget: float) -> Tensor:
+    """The theta [L, Hs] that keeps `budget` of the blocks when the masses are the true ones."""
+    few = stats.of(slice(CALIBRATION_ROWS))
+    return settle(few, few.mass, budget).theta
+
+
+def settle(stats: Statistics, p: Tensor, budget: float, *, per_head: bool = False) -> Calibration:
+    """`calibrate` for masses [n, L, Hs, nQ, nK] from anywhere."""
+    c, plan, heads = stats.config, stats.plan, p.shape[2]
+    mass = stats.mass.view(*stats.mass.shape[:2], heads, -1, *stats.mass.shape[3:]).mean(3)
+    total = plan.candidates.expand_as(p).sum((0, 3, 4)).clamp(min=1)
+
+    def kept(theta: Tensor) -> Tensor:
+        return dsa.choose(replace(c, dense_below=0), p, plan, theta, 0)
+
+    def share(theta: Tensor) -> Tensor:
+        found = kept(theta).sum((0, 3, 4)) / total
+        return found if per_head else found.mean().expand_as(found)
+
+    shape = p.shape[1:3]
+    target = _budgets(p, mass, plan, budget) if per_head else torch.full(shape, budget)
+    theta = _bisect(share, target, c.rule, p.shape[-1])
+    everything = {THRESHOLD: 0.0, TOP_P: 1.0, TOP_K: float(p.shape[-1])}[c.rule]
+    theta = torch.where(target >= (DENSE_HEAD if per_head else 1.0), everything, theta)
+    chosen = kept(theta)
+    by_layer = tuple((chosen.sum((0, 2, 3, 4)) / total.sum(1)).tolist())
+    seen = plan.candidates.any(-1).expand(p.shape[:-1]).sum()
+    recall = float((mass * chosen).sum() / seen)
+    return Calibration(theta, float(chosen.sum() / total.sum()), by_layer, recall)
+
+
+def _bisect(share: Callable[[Tensor], Tensor], target: Tensor, rule: int, nk: int) -> Tensor:
+    """The theta whose share is nearest to the target, for each head."""
+    low, high = torch.zeros_like(target), torch.full_like(target, nk + 1.0 if rule == TOP_K else 1.0)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        up = (share(middle) < target) ^ (rule == THRESHOLD)  # a threshold keeps less as it rises
+        low, high = torch.where(up, middle, low), torch.where(up, high, middle)
+    if rule == TOP_K:
+        low, high = low.floor(), high.floor()
+    more, less = (low, high) if rule == THRESHOLD else (high, low)
+    return torch.where((share(less) - target).abs() < (share(more) - target).abs(), less, more)
+
+
+def _budgets(p: Tensor, mass: Tensor, plan: dsa.Plan, budget: float) -> Tensor:
+    """The share of each head [L, Hs]: picks in order of the mass that each head's j-th pick adds on average."""
+    candidates, forced = (x.expand_as(p) for x in plan)
+    order = torch.sort(torch.where(candidates, p, -1.0) + forced * 2.0, dim=-1, descending=True, stable=True)[1]
+    exists = candidates.gather(-1, order)
+    cost = exists.sum((0, 3)).float()  # [L, Hs, nK]: in how many rows there is a j-th pick
+    gain = (mass.gather(-1, order) * exists).sum((0, 3)) / cost.clamp(min=1)
+    gain = gain.cummin(-1)[0]
+    gain[..., 0] = torch.inf
+    ranked = gain.flatten().sort(descending=True, stable=True)[1]
+    taken = cost.flatten()[ranked].cumsum(0) <= budget * cost.sum()
+    picked = torch.zeros(cost.numel(), dtype=torch.bool).scatter(0, ranked, taken).view_as(cost)
+    return (cost * picked).sum(-1) / cost.sum(-1)
+
+
+def one_layer(parameters: Parameters, layer: int) -> Parameters:
+    return Parameters(*(x[layer] for x in parameters))

@@ -1,0 +1,150 @@
+"""
+Dynamic sparse attention: each layer reads only the key blocks that its scorer expects to matter for this input.
+
+    build(model, target, passes=[sparsify.dsa(long_texts, budget=0.5)])
+
+Trains the scorers on the rows given (the model's own weights do not change), finds the thresholds that keep `budget`
+of the blocks at their length, and swaps the attention. It pays from about a thousand tokens on; below `dense_below`
+tokens, and in layers that would keep nearly everything, attention stays dense.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgeformer_agent import wire
+
+from ..attention import scorer, swap
+from ..attention.op import Parameters
+from ..attention.reference import THRESHOLD, Config
+from ..errors import BadInput
+from ..model import Model
+from . import Pass
+
+DENSE_BELOW = 256
+# Calibrated kept fraction above which a layer is dense: scoring would cost more than it saves (spec, section 12).
+DENSE_ABOVE = {0: 0.85, 1: 0.75}
+MOST_ROWS = 100
+FEWEST_BLOCKS = 4  # of the longest row; with fewer there is nothing to choose from
+
+Rows = Sequence[str] | Sequence[Mapping[str, np.ndarray]]
+
+
+def dsa(
+    rows: Rows,
+    *,
+    budget: float = 0.5,
+    length: int = 0,
+    block: int = 64,
+    rule: int = THRESHOLD,
+    per_head: bool = False,
+    rank: int = 16,
+    int8: bool = False,
+    dense_below: int = DENSE_BELOW,
+    steps: int = 400,
+    rate: float = 2e-2,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    progress: scorer.Progress = scorer.quiet,
+) -> Pass:
+    """
+    rows: long texts, or inputs as in `edgeformer.data`; the longer ones serve, cut to `length` (the model's limit).
+    budget: fraction of blocks to keep. block: tokens a side, 32 (finer) or 64 (faster). rule: reference.THRESHOLD,
+    TOP_P or TOP_K. per_head: a budget a head instead of one threshold for all. int8: attention in int8 as well.
+    checkpoint: a file from which interrupted scorer training goes on.
+    """
+    if not 0 < budget <= 1:
+        raise BadInput(f"budget {budget} must be above 0 and at most 1: the fraction of blocks to keep")
+    compute = int(int8)
+    base = Config(block_q=block, block_k=block, rule=rule, dense_below=dense_below)
+
+    def run(model: Model) -> Model:
+        began = time.perf_counter()
+        longest = min(length or model.max_length, model.max_length or length)
+        given = _inputs(model, rows, longest, block)
+        module = copy.deepcopy(model.module)
+        config = _with_sink(base, module)
+        stats = scorer.collect(module, given, config, progress, 0 if model.lengths else length)
+        trained = scorer.train(
+            stats, rank=rank, steps=steps, rate=rate, seed=seed, checkpoint=checkpoint, progress=progress
+        )
+        found = scorer.calibrate(stats, trained.parameters, budget, per_head=per_head)
+        dense = [n for n, kept in enumerate(found.kept_by_layer) if kept > DENSE_ABOVE[compute]]
+        _install(module, trained.parameters._replace(theta=found.theta), set(dense), config, compute)
+        facts = {
+            "budget": budget,
+            "kept": round(found.kept, 4),
+            "kept_by_layer": [round(x, 4) for x in found.kept_by_layer],
+            "mass_kept": round(found.recall, 4),
+            "dense_layers": dense,
+            "theta": _thetas(found.theta),
+            "length": int(stats.lengths.max()),
+            "rows": len(given),
+            "kl": round(trained.kl, 5),
+            "kl_untrained": round(trained.first_kl, 5),
+            "seconds": round(time.perf_counter() - began, 1),
+            "rule": rule,
+            "block": block,
+            "rank": rank,
+            "dense_below": dense_below,
+            "attention": "int8" if int8 else "fp32",
+            "seed": seed,
+        }
+        return model.after("sparsify.dsa", module, facts=facts)
+
+    return run
+
+
+def _with_sink(config: Config, module: torch.nn.Module) -> Config:
+    """Causal models lean on their first tokens: that block is always read."""
+    causal = swap.layers(module)[0].causal
+    return Config(**{**vars(config), "causal": int(causal), "n_sink": int(causal)})
+
+
+def _inputs(model: Model, rows: Rows, longest: int, block: int) -> list[tuple[torch.Tensor, ...]]:
+    """The longest rows, as the positional inputs of the model's module, cut to `longest` tokens."""
+    named = [_tokenized(model, row, longest) if isinstance(row, str) else row for row in rows]
+    if not model.lengths:
+        made = [tuple(_batch(row[x.name], x) for x in model.inputs) for row in named]
+        return made[:MOST_ROWS]
+    made = [tuple(_batch(row[x.name][:longest], x) for x in model.inputs) for row in named]
+    most = max((x[0].shape[1] for x in made), default=0)
+    if most < FEWEST_BLOCKS * block:
+        raise BadInput(
+            f"sparse attention is trained on long rows: the longest has {most} tokens, and {FEWEST_BLOCKS} blocks of "
+            f"{block} need {FEWEST_BLOCKS * block}; give longer texts, or a smaller block"
+        )
+    kept = [x for x in made if x[0].shape[1] > most // 2]
+    return kept[:MOST_ROWS]
+
+
+def _tokenized(model: Model, text: str, longest: int) -> dict[str, np.ndarray]:
+    if model.tokenizer is None:
+        raise BadInput(f"{model.name} has no tokenizer; give rows as arrays instead of texts")
+    encoded: Any = model.tokenizer(text, truncation=True, max_length=longest)
+    zeros = [0] * len(encoded["input_ids"])
+    return {x.name: np.asarray(encoded.get(x.name, zeros), x.dtype) for x in model.inputs}
+
+
+def _batch(array: np.ndarray, x: wire.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, x.dtype))[None]
+
+
+def _install(module: torch.nn.Module, all_layers: Parameters, dense: set[int], config: Config, compute: int) -> None:
+    def parameters(layer: swap.Layer) -> Parameters | None:
+        return None if layer.number in dense else scorer.one_layer(all_layers, layer.number)
+
+    swap.install(module, parameters, config, compute)
+
+
+def _thetas(theta: torch.Tensor) -> float | list[list[float]]:
+    """One number where all heads have the same."""
+    first = float(theta.flatten()[0])
+    return first if bool((theta == first).all()) else [[round(float(x), 6) for x in row] for row in theta]

