@@ -1,0 +1,1 @@
+"""Dynamic sparse attention: `reference` is the definition, `kernel` calls the C core."""

@@ -1,0 +1,635 @@
+/* The portable core: what is selected, in which order it is attended, where it lies in the workspace.
+ * No libc header: the same file compiles freestanding for Android and iOS. */
+#include "dsa.h"
+#include "kernels.h"
+
+/* Off, so that every CPU computes the same bits in selection: the kept blocks do not depend on the device. */
+#pragma STDC FP_CONTRACT OFF
+
+#define LOG2_E 1.44269504088896f
+#define MOST 3e38f
+#define NONE (-__builtin_inff())
+#define MAX_STRIP 32  /* queries: two vectors of AVX-512 */
+#define MAX_STRIPS 16 /* of a query block: 128 rows by two vectors of NEON */
+
+static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
+static int32_t largest(int32_t a, int32_t b) { return a > b ? a : b; }
+static int32_t blocks(int32_t rows, int32_t block) { return rows / block + (rows % block != 0); }
+static int32_t q_blocks(const dsa_config *c) { return blocks(c->q_rows, c->block_q); }
+static int32_t k_blocks(const dsa_config *c) { return blocks(c->k_rows, c->block_k); }
+static int32_t list_heads(const dsa_config *c) { return c->select_per_kv ? c->kv_heads : c->q_heads; }
+
+static const char *why_blocks(const dsa_config *c) {
+    if (c->block_q < 16 || c->block_q > 128 || c->block_q % 16) return "block_q: 16 to 128, a multiple of 16";
+    if (c->block_k < 16 || c->block_k > 128 || c->block_k % 16) return "block_k: 16 to 128, a multiple of 16";
+    if (c->rule < DSA_THRESHOLD || c->rule > DSA_TOP_K) return "rule: 0 threshold, 1 top_p or 2 top_k";
+    if (c->min_blocks < 0) return "min_blocks: not negative";
+    if (c->max_blocks < 0) return "max_blocks: not negative (0 is no clamp)";
+    if (c->n_sink < 0) return "n_sink: not negative";
+    if (c->q_offset < 0) return "q_offset: not negative";
+    if (c->q_offset > INT32_MAX - 256 - c->q_rows) return "q_offset: positions beyond 2^31";
+    return NULL;
+}
+
+const char *dsa_why(const dsa_config *c) {
+    if (c->batch < 1) return "batch: at least 1";
+    if (c->kv_heads < 1 || c->q_heads < 1 || c->q_heads % c->kv_heads) return "q_heads: a multiple of kv_heads, at least 1";
+    if (c->q_rows < 1 || c->q_rows > 1 << 28) return "q_rows: 1 to 2^28";
+    if (c->k_rows < 1 || c->k_rows > 1 << 28) return "k_rows: 1 to 2^28";
+    if (c->dim < 16 || c->dim > 256 || c->dim % 16) return "dim: 16 to 256, a multiple of 16";
+    if (c->rank < 1 || c->rank > 256) return "rank: 1 to 256";
+    if (c->dist < 0 || c->dist > 1 << 20) return "dist: 0 to 2^20";
+    if (c->sinks < 0) return "sinks: not negative";
+    if (c->compute == DSA_BF16) return "compute: bf16 is not in version 1; use f32 or i8";
+    if (c->compute != DSA_F32 && c->compute != DSA_I8) return "compute: 0 f32 or 1 i8";
+    return why_blocks(c);
+}
+
+static dsa_status status_of(const dsa_config *c) {
+    if (!dsa_why(c)) return DSA_OK;
+    return c->compute == DSA_BF16 ? DSA_UNSUPPORTED : DSA_BAD_CONFIG;
+}
+
+int32_t dsa_kmax(const dsa_config *c) {
+    int32_t n = k_blocks(c);
+    return c->max_blocks ? least(c->max_blocks, n) : n;
+}
+
+/* ---- Workspace: one bump allocator, run once with base 0 to measure and once to place. */
+
+typedef struct {
+    char *base;
+    size_t used;
+} arena;
+
+static void *take(arena *a, size_t bytes) {
+    void *at = a->base ? a->base + a->used : NULL;
+    a->used += (bytes + 63) & ~(size_t)63;
+    return at;
+}
+
+typedef struct {
+    int32_t *idx, *cnt;    /* fused only */
+    float *k_mean;         /* select: [batch][kv_heads][nK][dim] */
+    float *k_shift, *v_scale; /* i8: [batch][kv_heads][dim] each */
+    float *k_scale;        /* i8: [batch][kv_heads][nK] */
+    int8_t *k8, *v8;       /* i8: [batch][kv_heads][nK][block_k * dim] each */
+    int32_t *v_sum;         /* i8: [batch][kv_heads][nK][dim] */
+    char *thread;          /* [threads][thread_bytes] */
+    size_t thread_bytes;
+} memory;
+
+/* Per thread, selecting: the projected key blocks of every head that shares a list, and one row. */
+typedef struct {
+    float *zk; /* [heads of the list][rank][nK] */
+    float *mean, *zq, *z, *mass;
+    int32_t *heap;
+} select_scratch;
+
+static select_scratch select_layout(arena *a, const dsa_config *c) {
+    select_scratch s;
+    size_t shared = (size_t)(c->q_heads / list_heads(c)), n = (size_t)k_blocks(c);
+    s.zk = take(a, 4 * shared * (size_t)c->rank * n);
+    s.mean = take(a, 4 * (size_t)c->dim);
+    s.zq = take(a, 4 * (size_t)c->rank);
+    s.z = take(a, 4 * n);
+    s.mass = take(a, 4 * n);
+    s.heap = take(a, 4 * n);
+    return s;
+}
+
+/* Per thread, attending: one query block as strips, and one strip of logits. */
+typedef struct {
+    float *q, *o, *s, *high, *top, *sum, *alpha, *beta, *q_scale;
+    int32_t *p8, *q_sum;
+} attend_scratch;
+
+static attend_scratch attend_layout(arena *a, const dsa_config *c) {
+    attend_scratch s;
+    size_t rows = ((size_t)c->block_q + MAX_STRIP - 1) / MAX_STRIP * MAX_STRIP, dim = (size_t)c->dim;
+    s.q = take(a, 4 * rows * dim);
+    s.o = take(a, 4 * rows * dim);
+    s.s = take(a, 4 * ((size_t)c->block_k * MAX_STRIP + 16)); /* a tile may load a few lanes past the last */
+    s.p8 = take(a, c->compute == DSA_I8 ? (size_t)c->block_k * MAX_STRIP + 64 : 0);
+    s.high = take(a, 4 * MAX_STRIP);
+    s.alpha = take(a, 4 * MAX_STRIP);
+    s.beta = take(a, 4 * MAX_STRIP);
+    s.top = take(a, 4 * rows);
+    s.sum = take(a, 4 * rows);
+    s.q_scale = take(a, 4 * rows);
+    s.q_sum = take(a, 4 * rows);
+    return s;
+}
+
+static memory layout(arena *a, const dsa_config *c, int32_t threads) {
+    memory m;
+    size_t kv = (size_t)c->batch * (size_t)c->kv_heads, n = (size_t)k_blocks(c), dim = (size_t)c->dim;
+    size_t lists = (size_t)c->batch * (size_t)list_heads(c) * (size_t)q_blocks(c), bk = (size_t)c->block_k;
+    size_t i8 = c->compute == DSA_I8;
+    m.idx = take(a, 4 * lists * (size_t)dsa_kmax(c));
+    m.cnt = take(a, 4 * lists);
+    m.k_mean = take(a, 4 * kv * n * dim);
+    m.k_shift = take(a, i8 * 4 * kv * dim);
+    m.v_scale = take(a, i8 * 4 * kv * dim);
+    m.k_scale = take(a, i8 * 4 * kv * n);
+    m.k8 = take(a, i8 * kv * n * bk * dim);
+    m.v8 = take(a, i8 * kv * n * bk * dim);
+    m.v_sum = take(a, i8 * 4 * kv * n * dim);
+    arena one = {NULL, 0}, other = {NULL, 0};
+    select_layout(&one, c);
+    attend_layout(&other, c);
+    m.thread_bytes = one.used > other.used ? one.used : other.used;
+    m.thread = take(a, (size_t)threads * m.thread_bytes);
+    return m;
+}
+
+size_t dsa_workspace(const dsa_config *c, int32_t threads) {
+    arena a = {NULL, 0};
+    if (dsa_why(c)) return 0;
+    layout(&a, c, largest(threads, 1));
+    return a.used + 64; /* the caller's pointer may have any alignment */
+}
+
+/* ---- One call: everything a task needs. */
+
+typedef struct {
+    const dsa_config *c;
+    const dsa_kernel_set *set;
+    dsa_tensor q, k, v;
+    const dsa_scorer *scorer;
+    dsa_lengths len;
+    memory m;
+    int32_t *idx, *cnt;
+    const int32_t *kept_idx, *kept_cnt;
+    float *out;
+    const ptrdiff_t *out_strides;
+} call;
+
+typedef void task(void *arg, int32_t i, int32_t thread);
+
+static void run(const dsa_parallel *p, int32_t tasks, task *t, const call *arg) {
+    if (p && p->run && p->threads > 1 && tasks > 1) {
+        p->run(p->pool, tasks, t, (void *)(uintptr_t)arg);
+        return;
+    }
+    for (int32_t i = 0; i < tasks; i++) t((void *)(uintptr_t)arg, i, 0);
+}
+
+static dsa_status begin(call *a, const dsa_config *c, void *work, size_t bytes, const dsa_parallel *p) {
+    dsa_status status = status_of(c);
+    if (status) return status;
+    int32_t threads = p ? largest(p->threads, 1) : 1;
+    if (bytes < dsa_workspace(c, threads)) return DSA_SMALL_WORKSPACE;
+    arena place = {(char *)work + (64 - (uintptr_t)work % 64) % 64, 0};
+    a->c = c;
+    a->set = dsa_best();
+    a->m = layout(&place, c, threads);
+    return DSA_OK;
+}
+
+static int32_t valid(const int32_t *given, int32_t b, int32_t rows) {
+    return given ? largest(0, least(given[b], rows)) : rows;
+}
+static int32_t q_valid(const call *a, int32_t b) { return valid(a->len.q, b, a->c->q_rows); }
+static int32_t k_valid(const call *a, int32_t b) { return valid(a->len.kv, b, a->c->k_rows); }
+static const float *head_of(dsa_tensor t, int32_t b, int32_t h) { return t.data + b * t.batch + h * t.head; }
+
+/* Key blocks a query block may look at; rows is how many valid rows it has. */
+static int32_t candidates(const call *a, int32_t b, int32_t i, int32_t rows) {
+    const dsa_config *c = a->c;
+    int32_t n = blocks(k_valid(a, b), c->block_k), last = c->q_offset + i * c->block_q + rows - 1;
+    if (rows <= 0) return 0;
+    return c->causal ? least(n, last / c->block_k + 1) : n;
+}
+
+/* ---- Select. */
+
+static void mean_of(const dsa_kernel_set *set, const float *x, ptrdiff_t row, int32_t rows, int32_t dim, float *mean) {
+    set->sums(x, row, rows, dim, mean);
+    for (int32_t d = 0; d < dim; d++) mean[d] /= (float)rows;
+}
+
+/* `n` columns of mean[dim] w[dim][rank]; n is a constant where it matters, so that the sums stay in registers. */
+static inline __attribute__((always_inline)) void project_columns(const float *mean, const float *w, int32_t dim,
+                                                                  int32_t rank, const int32_t n, float *out,
+                                                                  size_t stride) {
+    float sum[16] = {0};
+    for (int32_t d = 0; d < dim; d++)
+        for (int32_t x = 0; x < n; x++) sum[x] += mean[d] * w[d * rank + x];
+    for (int32_t x = 0; x < n; x++) out[(size_t)x * stride] = sum[x];
+}
+
+/* out[x * stride] = sum over d of mean[d] * w[d][x] */
+static void project(const float *mean, const float *w, int32_t dim, int32_t rank, float *out, size_t stride) {
+    int32_t x = 0;
+    for (; x + 16 <= rank; x += 16) project_columns(mean, w + x, dim, rank, 16, out + (size_t)x * stride, stride);
+    for (; x + 8 <= rank; x += 8) project_columns(mean, w + x, dim, rank, 8, out + (size_t)x * stride, stride);
+    for (; x < rank; x++) project_columns(mean, w + x, dim, rank, 1, out + (size_t)x * stride, stride);
+}
+
+static void pool_keys(void *arg, int32_t i, int32_t thread) {
+    const call *a = arg;
+    const dsa_config *c = a->c;
+    int32_t b = i / c->kv_heads, rows = k_valid(a, b), n = blocks(rows, c->block_k);
+    float *mean = a->m.k_mean + (size_t)i * (size_t)k_blocks(c) * (size_t)c->dim;
+    const float *k = head_of(a->k, b, i % c->kv_heads);
+    (void)thread;
+    for (int32_t j = 0; j < n; j++)
+        mean_of(a->set, k + j * c->block_k * a->k.row, a->k.row, least(c->block_k, rows - j * c->block_k), c->dim,
+                mean + j * c->dim);
+}
+
+/* e^x for x <= 0, 0 below 2^-126. Portable arithmetic only: the same bits on every CPU. */
+static float exp_of(float x) {
+    union {
+        float f;
+        int32_t i;
+    } t, two_n;
+    const float round = 12582912.0f;
+    x *= LOG2_E;
+    if (!(x >= -126.0f)) return 0;
+    t.f = x + round;
+    float f = x - (t.f - round);
+    two_n.i = (int32_t)((uint32_t)(t.i + 127) << 23); /* round's own bits are shifted out */
+    float p = 9.671512991e-3f + 1.326472731e-3f * f;
+    p = 5.550733581e-2f + p * f;
+    p = 2.402224243e-1f + p * f;
+    p = 6.931470037e-1f + p * f;
+    return (1.0f + p * f) * two_n.f;
+}
+
+/* mass[n] += softmax(z[n]); a row of -inf has no mass. */
+static void add_mass(float *z, int32_t n, float *mass) {
+    float top = NONE, total = 0;
+    for (int32_t j = 0; j < n; j++) {
+        if (z[j] != z[j]) z[j] = NONE;
+        if (z[j] > MOST) z[j] = MOST;
+        if (z[j] > top) top = z[j];
+    }
+    if (top == NONE) return;
+    for (int32_t j = 0; j < n; j++) z[j] = exp_of(z[j] - top);
+    for (int32_t j = 0; j < n; j++) total += z[j];
+    for (int32_t j = 0; j < n; j++) mass[j] += z[j] / total;
+}
+
+static void score(const dsa_config *c, const dsa_scorer *s, int32_t h, const float *zq, const float *zk, int32_t at,
+                  int32_t n, float *z) {
+    const float *dist = s->dist_bias + (size_t)h * (size_t)(2 * c->dist + 1), *sink = s->sink_bias + (size_t)h * (size_t)c->sinks;
+    size_t stride = (size_t)k_blocks(c);
+    for (int32_t j = 0; j < n; j++) z[j] = 0;
+    for (int32_t x = 0; x < c->rank; x++)
+        for (int32_t j = 0; j < n; j++) z[j] += zq[x] * zk[(size_t)x * stride + (size_t)j];
+    for (int32_t j = 0; j < n; j++) z[j] += dist[largest(-c->dist, least(j - at, c->dist)) + c->dist];
+    for (int32_t j = 0; j < least(n, c->sinks); j++) z[j] += sink[j];
+}
+
+/* One row to decide: n candidates, blocks below sinks and from near to far are forced. */
+typedef struct {
+    int32_t n, sinks, near, far;
+    const float *mass;
+} row;
+
+static int forced(const row *r, int32_t j) { return j < r->sinks || (j >= r->near && j < r->far); }
+
+/* The order of keeping: forced first, then by mass, then from the left. */
+static int before(const row *r, int32_t a, int32_t b) {
+    int fa = forced(r, a), fb = forced(r, b);
+    if (fa != fb) return fa;
+    if (r->mass[a] != r->mass[b]) return r->mass[a] > r->mass[b];
+    return a < b;
+}
+
+static void sift(const row *r, int32_t *heap, int32_t n, int32_t at) {
+    for (int32_t child; (child = 2 * at + 1) < n; at = child) {
+        if (child + 1 < n && before(r, heap[child + 1], heap[child])) child++;
+        if (!before(r, heap[child], heap[at])) return;
+        int32_t t = heap[at];
+        heap[at] = heap[child];
+        heap[child] = t;
+    }
+}
+
+/* Takes the next block in order out of a heap of n and leaves it behind the heap's end. */
+static int32_t pop(const row *r, int32_t *heap, int32_t n) {
+    int32_t first = heap[0];
+    heap[0] = heap[n - 1];
+    heap[n - 1] = first;
+    sift(r, heap, n - 1, 0);
+    return first;
+}
+
+static int32_t all(int32_t n, int32_t *idx) {
+    for (int32_t j = 0; j < n; j++) idx[j] = j;
+    return n;
+}
+
+/* Blocks at or above theta, and the forced ones: needs no order unless a clamp cuts or adds. */
+static int32_t threshold(const row *r, float theta, int32_t most, int32_t *idx) {
+    int32_t kept = 0;
+    for (int32_t j = 0; j < r->n; j++)
+        if (forced(r, j) || r->mass[j] >= theta) {
+            if (kept < most) idx[kept] = j;
+            kept++;
+        }
+    return kept;
+}
+
+/* Keeps blocks in order until `want` of them and, under top_p, the mass theta are reached; writes them ascending. */
+static int32_t in_order(const row *r, float theta, int top_p, int32_t want, int32_t most, int32_t *heap, int32_t *idx) {
+    int32_t taken = 0, last = -1, kept = 0;
+    float reached = 0;
+    for (int32_t j = 0; j < r->n; j++) heap[j] = j;
+    for (int32_t j = r->n / 2; j-- > 0;) sift(r, heap, r->n, j);
+    for (; taken < most; taken++) {
+        int more = forced(r, heap[0]) || taken < want || (top_p && (theta >= 1 || reached < theta));
+        if (!more) break;
+        last = pop(r, heap, r->n - taken);
+        reached += r->mass[last];
+    }
+    for (int32_t j = 0; j < r->n && last >= 0; j++)
+        if (j == last || before(r, j, last)) idx[kept++] = j;
+    return kept;
+}
+
+/* The rule and its clamps for one row; returns how many blocks idx got. */
+static int32_t choose(const dsa_config *c, const row *r, float theta, int32_t *heap, int32_t *idx) {
+    int32_t n = r->n, most = least(dsa_kmax(c), n), want = least(c->min_blocks, n);
+    int top_p = c->rule == DSA_TOP_P;
+    if (c->k_rows <= c->dense_below || (top_p && theta >= 1)) want = n;
+    if (c->rule == DSA_TOP_K) want = largest(want, theta >= (float)n ? n : theta > 0 ? (int32_t)theta : 0);
+    if (want == n && most == n) return all(n, idx);
+    if (c->rule == DSA_THRESHOLD) {
+        int32_t kept = threshold(r, theta, most, idx);
+        if (kept >= want && kept <= most) return kept;
+        want = largest(want, kept);
+    }
+    return in_order(r, theta, top_p, want, most, heap, idx);
+}
+
+/* What force_diag and n_sink force for query block i. */
+static row row_of(const dsa_config *c, int32_t i, int32_t rows, int32_t n, const float *mass) {
+    int32_t first = c->q_offset + i * c->block_q, last = first + rows - 1;
+    row r = {n, c->n_sink, 0, 0, mass};
+    if (c->force_diag) {
+        r.near = first / c->block_k;
+        r.far = last / c->block_k + 1;
+    }
+    return r;
+}
+
+/* mass[n]: this query block's probability over key blocks, averaged over the heads that share the list. */
+static void mass_of(const call *a, const select_scratch *s, int32_t b, int32_t list, int32_t i, int32_t rows, int32_t n) {
+    const dsa_config *c = a->c;
+    int32_t shared = c->q_heads / list_heads(c), at = (c->q_offset + i * c->block_q) / c->block_k;
+    for (int32_t j = 0; j < n; j++) s->mass[j] = 0;
+    for (int32_t x = 0; x < shared; x++) {
+        int32_t h = list * shared + x;
+        const float *q = head_of(a->q, b, h) + (ptrdiff_t)i * c->block_q * a->q.row;
+        mean_of(a->set, q, a->q.row, rows, c->dim, s->mean);
+        project(s->mean, a->scorer->wq + (size_t)h * (size_t)(c->dim * c->rank), c->dim, c->rank, s->zq, 1);
+        score(c, a->scorer, h, s->zq, s->zk + (size_t)x * (size_t)c->rank * (size_t)k_blocks(c), at, n, s->z);
+        add_mass(s->z, n, s->mass);
+    }
+    if (shared > 1)
+        for (int32_t j = 0; j < n; j++) s->mass[j] /= (float)shared;
+}
+
+static void project_keys(const call *a, const select_scratch *s, int32_t b, int32_t list) {
+    const dsa_config *c = a->c;
+    int32_t shared = c->q_heads / list_heads(c), n = blocks(k_valid(a, b), c->block_k);
+    for (int32_t x = 0; x < shared; x++) {
+        int32_t h = list * shared + x, g = h / (c->q_heads / c->kv_heads);
+        size_t stride = (size_t)k_blocks(c), dim = (size_t)c->dim;
+        const float *mean = a->m.k_mean + (size_t)(b * c->kv_heads + g) * stride * dim;
+        for (int32_t j = 0; j < n; j++)
+            project(mean + (size_t)j * dim, a->scorer->wk + (size_t)h * dim * (size_t)c->rank, c->dim, c->rank,
+                    s->zk + (size_t)x * (size_t)c->rank * stride + j, stride);
+    }
+}
+
+/* Every candidate is kept whatever the mass: nothing to score. */
+static int is_dense(const dsa_config *c) { return c->k_rows <= c->dense_below && dsa_kmax(c) == k_blocks(c); }
+
+static void select_list(void *arg, int32_t at, int32_t thread) {
+    const call *a = arg;
+    const dsa_config *c = a->c;
+    int32_t b = at / list_heads(c), list = at % list_heads(c), nq = q_blocks(c), kmax = dsa_kmax(c);
+    arena place = {a->m.thread + (size_t)thread * a->m.thread_bytes, 0};
+    select_scratch s = select_layout(&place, c);
+    if (!is_dense(c)) project_keys(a, &s, b, list);
+    for (int32_t i = 0; i < nq; i++) {
+        int32_t rows = least(c->block_q, q_valid(a, b) - i * c->block_q), n = candidates(a, b, i, rows), kept = 0;
+        int32_t *idx = a->idx + ((size_t)at * (size_t)nq + (size_t)i) * (size_t)kmax;
+        if (n > 0) {
+            if (!is_dense(c)) mass_of(a, &s, b, list, i, rows, n);
+            row r = row_of(c, i, rows, n, s.mass);
+            kept = choose(c, &r, a->scorer->theta[list], s.heap, idx);
+        }
+        a->cnt[(size_t)at * (size_t)nq + (size_t)i] = kept;
+        for (int32_t j = kept; j < kmax; j++) idx[j] = -1;
+    }
+}
+
+static void select_all(const call *a, const dsa_parallel *p) {
+    const dsa_config *c = a->c;
+    if (!is_dense(c)) run(p, c->batch * c->kv_heads, pool_keys, a);
+    run(p, c->batch * list_heads(c), select_list, a);
+}
+
+/* ---- Attend. */
+
+/* i8: the mean of K and the scale of V per channel, over the valid tokens of one (batch, kv head). */
+static void measure_kv(void *arg, int32_t i, int32_t thread) {
+    const call *a = arg;
+    const dsa_config *c = a->c;
+    int32_t b = i / c->kv_heads, g = i % c->kv_heads, rows = k_valid(a, b);
+    float *shift = a->m.k_shift + (size_t)i * (size_t)c->dim, *scale = a->m.v_scale + (size_t)i * (size_t)c->dim;
+    (void)thread;
+    mean_of(a->set, head_of(a->k, b, g), a->k.row, rows, c->dim, shift);
+    a->set->peaks(head_of(a->v, b, g), a->v.row, rows, c->dim, scale);
+    for (int32_t d = 0; d < c->dim; d++) scale[d] *= 1.0f / 127;
+}
+
+static void pack_block(void *arg, int32_t i, int32_t thread) {
+    const call *a = arg;
+    const dsa_config *c = a->c;
+    int32_t n = k_blocks(c), kv = i / n, j = i % n, b = kv / c->kv_heads, g = kv % c->kv_heads;
+    int32_t keys = least(c->block_k, k_valid(a, b) - j * c->block_k);
+    size_t at = (size_t)i, dim = (size_t)c->dim, bytes = (size_t)c->block_k * dim;
+    (void)thread;
+    if (keys <= 0) return;
+    a->set->pack_k(head_of(a->k, b, g) + (ptrdiff_t)j * c->block_k * a->k.row, a->k.row, keys, c->dim,
+                   a->m.k_shift + (size_t)kv * dim, a->m.k8 + at * bytes, a->m.k_scale + at);
+    a->set->pack_v(head_of(a->v, b, g) + (ptrdiff_t)j * c->block_k * a->v.row, a->v.row, keys, c->dim,
+                   a->m.v_scale + (size_t)kv * dim, a->m.v8 + at * bytes, a->m.v_sum + at * dim);
+}
+
+/* Points the strip at key block j. */
+static void take_block(const call *a, dsa_strip *t, int32_t b, int32_t g, int32_t j) {
+    const dsa_config *c = a->c;
+    size_t dim = (size_t)c->dim, at = (size_t)(b * c->kv_heads + g) * (size_t)k_blocks(c) + (size_t)j;
+    t->k = head_of(a->k, b, g) + (ptrdiff_t)j * c->block_k * a->k.row;
+    t->v = head_of(a->v, b, g) + (ptrdiff_t)j * c->block_k * a->v.row;
+    if (c->compute != DSA_I8) return;
+    t->k8 = a->m.k8 + at * (size_t)c->block_k * dim;
+    t->v8 = a->m.v8 + at * (size_t)c->block_k * dim;
+    t->v_sum = a->m.v_sum + at * dim;
+    t->k_scale = a->m.k_scale[at];
+}
+
+/* A causal block that crosses the strip's diagonal: hides key i from the queries before it, finds the maxima again. */
+static void hide_future(const dsa_strip *t, int32_t strip, int32_t first_key, int32_t first_query) {
+    for (int32_t r = 0; r < t->lanes; r++) {
+        int32_t seen = largest(0, least(t->keys, first_query + r - first_key + 1));
+        t->high[r] = -1e30f;
+        for (int32_t i = 0; i < seen; i++)
+            if (t->s[i * strip + r] > t->high[r]) t->high[r] = t->s[i * strip + r];
+        for (int32_t i = seen; i < t->keys; i++) t->s[i * strip + r] = NONE;
+    }
+}
+
+static void attend_strip(const call *a, dsa_strip *t, int32_t keys, int32_t first_key, int32_t first_query) {
+    const dsa_config *c = a->c;
+    int i8 = c->compute == DSA_I8;
+    int32_t seen = c->causal ? least(keys, first_query + t->rows - first_key) : keys;
+    if (seen <= 0) return;         /* all of it lies in the future */
+    t->keys = i8 ? keys : seen;    /* v_sum is of the whole block */
+    (i8 ? a->set->qk8 : a->set->qk)(t);
+    if (c->causal && first_key + t->keys - 1 > first_query) hide_future(t, 2 * a->set->width, first_key, first_query);
+    (i8 ? a->set->softmax8 : a->set->softmax)(t);
+    (i8 ? a->set->pv8 : a->set->pv)(t);
+}
+
+/* The strip that starts at row `from` of a query block; its state lives in the scratch. */
+static dsa_strip strip_at(const call *a, const attend_scratch *s, int32_t from, int32_t rows) {
+    int32_t width = a->set->width, dim = a->c->dim;
+    dsa_strip t = {0};
+    t.rows = least(rows - from, 2 * width);
+    t.lanes = (t.rows + width - 1) / width * width;
+    t.dim = dim;
+    t.k_row = a->k.row;
+    t.v_row = a->v.row;
+    t.q = s->q + (ptrdiff_t)from * dim;
+    t.q8 = (int32_t *)(void *)t.q; /* i8 needs a quarter of it */
+    t.o = s->o + (ptrdiff_t)from * dim;
+    t.s = s->s;
+    t.p8 = s->p8;
+    t.high = s->high;
+    t.alpha = s->alpha;
+    t.beta = s->beta;
+    t.top = s->top + from;
+    t.sum = s->sum + from;
+    t.q_scale = s->q_scale + from;
+    t.q_sum = s->q_sum + from;
+    return t;
+}
+
+/* Newton's square root: sqrtf would be a libc call. */
+static float scale_of(const dsa_config *c) {
+    double root = c->dim;
+    if (c->scale != 0) return c->scale;
+    for (int32_t i = 0; i < 16; i++) root = (root + c->dim / root) / 2;
+    return (float)(1 / root);
+}
+
+static void start(const call *a, const dsa_strip *t, const float *q) {
+    const dsa_config *c = a->c;
+    (c->compute == DSA_I8 ? a->set->load8 : a->set->load)(t, q, a->q.row, scale_of(c) * LOG2_E);
+    for (int32_t r = 0; r < t->lanes; r++) t->top[r] = -1e30f, t->sum[r] = 0;
+    for (int32_t x = 0; x < t->rows * t->dim; x++) t->o[x] = 0;
+}
+
+static void zero_rows(float *out, ptrdiff_t row, int32_t from, int32_t to, int32_t dim) {
+    for (int32_t r = from; r < to; r++)
+        for (int32_t d = 0; d < dim; d++) out[r * row + d] = 0;
+}
+
+/* One query block against its list. `kept` blocks of idx, or the first `kept` blocks if idx is NULL. */
+static void attend_rows(const call *a, const attend_scratch *s, int32_t b, int32_t g, int32_t first, int32_t rows,
+                        const float *q, const int32_t *idx, int32_t kept, float *out) {
+    const dsa_config *c = a->c;
+    int32_t strip = 2 * a->set->width, n = 0;
+    const float *channel = c->compute == DSA_I8 ? a->m.v_scale + (size_t)(b * c->kv_heads + g) * (size_t)c->dim : NULL;
+    dsa_strip strips[MAX_STRIPS];
+    for (int32_t from = 0; from < rows; from += strip) {
+        strips[n] = strip_at(a, s, from, rows);
+        start(a, &strips[n++], q + from * a->q.row);
+    }
+    for (int32_t x = 0; x < kept; x++) {
+        int32_t j = idx ? idx[x] : x, at = j * c->block_k, keys = least(c->block_k, k_valid(a, b) - at);
+        for (int32_t y = 0; y < n; y++) {
+            take_block(a, &strips[y], b, g, j);
+            attend_strip(a, &strips[y], keys, at, first + y * strip);
+        }
+    }
+    for (int32_t y = 0; y < n; y++)
+        a->set->store(&strips[y], channel, out + y * strip * a->out_strides[2], a->out_strides[2]);
+}
+
+static void attend_block(void *arg, int32_t at, int32_t thread) {
+    const call *a = arg;
+    const dsa_config *c = a->c;
+    int32_t nq = q_blocks(c), i = at % nq, h = at / nq % c->q_heads, b = at / nq / c->q_heads, from = i * c->block_q;
+    int32_t full = least(c->block_q, c->q_rows - from), rows = largest(0, least(full, q_valid(a, b) - from));
+    size_t list = (size_t)(b * list_heads(c) + h / (c->q_heads / list_heads(c))) * (size_t)nq + (size_t)i;
+    const int32_t *idx = a->kept_idx ? a->kept_idx + list * (size_t)dsa_kmax(c) : NULL;
+    int32_t kept = idx ? a->kept_cnt[list] : candidates(a, b, i, rows), g = h / (c->q_heads / c->kv_heads);
+    float *out = a->out + b * a->out_strides[0] + h * a->out_strides[1] + from * a->out_strides[2];
+    arena place = {a->m.thread + (size_t)thread * a->m.thread_bytes, 0};
+    attend_scratch s = attend_layout(&place, c);
+    attend_rows(a, &s, b, g, c->q_offset + from, rows, head_of(a->q, b, h) + from * a->q.row, idx, kept, out);
+    zero_rows(out, a->out_strides[2], rows, full, c->dim);
+}
+
+static void attend_all(const call *a, const dsa_parallel *p) {
+    const dsa_config *c = a->c;
+    if (c->compute == DSA_I8) {
+        run(p, c->batch * c->kv_heads, measure_kv, a);
+        run(p, c->batch * c->kv_heads * k_blocks(c), pack_block, a);
+    }
+    run(p, c->batch * c->q_heads * q_blocks(c), attend_block, a);
+}
+
+/* ---- The three entry points. */
+
+dsa_status dsa_select(const dsa_config *c, dsa_tensor q, dsa_tensor k, const dsa_scorer *s, dsa_lengths len,
+                      void *work, size_t bytes, const dsa_parallel *p, int32_t *idx, int32_t *cnt) {
+    call a = {.q = q, .k = k, .scorer = s, .len = len, .idx = idx, .cnt = cnt};
+    dsa_status status = begin(&a, c, work, bytes, p);
+    if (status == DSA_OK) select_all(&a, p);
+    return status;
+}
+
+dsa_status dsa_attend(const dsa_config *c, dsa_tensor q, dsa_tensor k, dsa_tensor v, const int32_t *idx,
+                      const int32_t *cnt, dsa_lengths len, void *work, size_t bytes, const dsa_parallel *p, float *out,
+                      const ptrdiff_t out_strides[3]) {
+    call a = {.q = q, .k = k, .v = v, .len = len, .kept_idx = idx, .kept_cnt = cnt, .out = out, .out_strides = out_strides};
+    dsa_status status = begin(&a, c, work, bytes, p);
+    if (status == DSA_OK) attend_all(&a, p);
+    return status;
+}
+
+static void count(const call *a, int64_t *kept) {
+    const dsa_config *c = a->c;
+    int32_t nq = q_blocks(c), lists = list_heads(c);
+    kept[0] = kept[1] = 0;
+    for (int32_t x = 0; x < c->batch * lists * nq; x++) {
+        int32_t b = x / nq / lists, i = x % nq;
+        kept[0] += a->cnt[x];
+        kept[1] += candidates(a, b, i, least(c->block_q, q_valid(a, b) - i * c->block_q));
+    }
+}
+
+dsa_status dsa_fused(const dsa_config *c, dsa_tensor q, dsa_tensor k, dsa_tensor v, const dsa_scorer *s,
+                     dsa_lengths len, void *work, size_t bytes, const dsa_parallel *p, float *out,
+                     const ptrdiff_t out_strides[3], int64_t *kept) {
+    call a = {.q = q, .k = k, .v = v, .scorer = s, .len = len, .out = out, .out_strides = out_strides};
+    dsa_status status = begin(&a, c, work, bytes, p);
+    if (status != DSA_OK) return status;
+    a.kept_idx = a.idx = a.m.idx;
+    a.kept_cnt = a.cnt = a.m.cnt;
+    select_all(&a, p);
+    attend_all(&a, p);
+    if (kept) count(&a, kept);
+    return DSA_OK;
+}

@@ -1,0 +1,61 @@
+/* With -mavx512vnni this file is the avx512_vnni set as well: only the two dot products differ. */
+#include "kernels.h"
+#include <immintrin.h>
+
+typedef __m512 vec;
+typedef __m512i ivec;
+typedef const float *lanes; /* a broadcast from memory costs no more than a load */
+typedef const char *ilanes;
+#define WIDTH 16
+#define ROWS 8
+#define K_SHIFT 128
+#define P_SHIFT 0
+#define vload _mm512_loadu_ps
+#define vstore _mm512_storeu_ps
+#define vset _mm512_set1_ps
+#define vadd _mm512_add_ps
+#define vsub _mm512_sub_ps
+#define vmul _mm512_mul_ps
+#define vdiv _mm512_div_ps
+#define vabs _mm512_abs_ps
+#define vmax _mm512_max_ps
+#define vfma _mm512_fmadd_ps
+#define vexponent(t) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t), 23))
+#define lanes_at(p) (p)
+#define lane(a, i) vset((a)[i])
+#define iload(p) _mm512_loadu_si512(p)
+#define istore(p, x) _mm512_storeu_si512(p, x)
+#define iset _mm512_set1_epi32
+#define iadd _mm512_add_epi32
+#define imul _mm512_mullo_epi32
+#define iand _mm512_and_si512
+#define ior _mm512_or_si512
+#define ixor _mm512_xor_si512
+#define ishift _mm512_slli_epi32
+#define store_bytes(p, x) _mm_storeu_si128((__m128i *)(void *)(p), _mm512_cvtepi32_epi8(x))
+#define to_float _mm512_cvtepi32_ps
+#define to_int _mm512_cvtps_epi32
+#define ilanes_at(p) ((const char *)(p))
+#define ilane(a, i) iset(*(const word32 *)(const void *)((a) + 4 * (i)))
+typedef int32_t word32 __attribute__((aligned(1), may_alias));
+
+/* sum + the four products u8 x s8 of each word */
+#ifdef __AVX512VNNI__
+#define dot4 _mm512_dpbusd_epi32
+#else
+static inline __m512i dot4(__m512i sum, __m512i u8, __m512i s8) {
+    const __m512i even = _mm512_set1_epi16(255);
+    __m512i a = _mm512_madd_epi16(_mm512_and_si512(u8, even), _mm512_srai_epi16(_mm512_slli_epi16(s8, 8), 8));
+    __m512i b = _mm512_madd_epi16(_mm512_srli_epi16(u8, 8), _mm512_srai_epi16(s8, 8));
+    return _mm512_add_epi32(sum, _mm512_add_epi32(a, b));
+}
+#endif
+#define dot4_k dot4
+#define dot4_p dot4
+#include "kernel_simd.h"
+
+#ifdef __AVX512VNNI__
+KERNEL_SET(avx512_vnni);
+#else
+KERNEL_SET(avx512);
+#endif

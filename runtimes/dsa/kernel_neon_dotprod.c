@@ -1,0 +1,2 @@
+/* NEON with sdot (Cortex-A76 and later): four int8 products per lane and instruction. */
+#include "kernel_neon.c"
