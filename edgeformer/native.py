@@ -70,12 +70,19 @@ def kernel_sets(arch: str) -> dict[str, list[str]]:
     return sets
 
 
+def units(goal: Target) -> list[tuple[Path, list[str]]]:
+    """Every source file of the operator for a target, with the compiler flags of its own."""
+    folder = sources() / "dsa"
+    kernels = [(folder / f"kernel_{name}.c", flags) for name, flags in kernel_sets(goal.arch).items()]
+    return [(folder / f"{name}.c", []) for name in CORE] + kernels
+
+
 def library(target: str | None = None) -> Path:
     """The operator for a target (default: this machine): a shared library, or the folder of its object files."""
     name, goal = _target(target)
     done = cache() / f"{name}-{_digest(goal)}"
     if not done.exists():
-        with _whole_or_nothing(done) as work:
+        with whole_or_nothing(done) as work:
             objects = _compile(goal, work, [] if goal.shared else ["-ffreestanding"])
             if goal.shared:
                 zig("-target", goal.triple, "-shared", "-s", "-o", str(work / "libdsa.so"), *objects)
@@ -88,7 +95,7 @@ def program(source: Path, target: str | None = None) -> Path:
     goal = goal._replace(triple=f"{goal.arch}-linux-musl")
     done = cache() / f"{name}-{source.stem}-{_digest(goal, source)}"
     if not done.exists():
-        with _whole_or_nothing(done) as work:
+        with whole_or_nothing(done) as work:
             output = ["-static", "-o", str(work / source.stem)]
             zig("-target", goal.triple, *FLAGS, f"-I{sources() / 'dsa'}", str(source), *_compile(goal, work, []), *output, "-lm")
     return done / source.stem
@@ -111,14 +118,8 @@ def _target(name: str | None) -> tuple[str, Target]:
     return name, TARGETS[name]
 
 
-def _units(goal: Target) -> list[tuple[Path, list[str]]]:
-    folder = sources() / "dsa"
-    kernels = [(folder / f"kernel_{name}.c", flags) for name, flags in kernel_sets(goal.arch).items()]
-    return [(folder / f"{name}.c", []) for name in CORE] + kernels
-
-
 def _digest(goal: Target, *more: Path) -> str:
-    digest = hashlib.sha256(repr((goal, FLAGS, [(p.name, f) for p, f in _units(goal)], _zig_version())).encode())
+    digest = hashlib.sha256(repr((goal, FLAGS, [(p.name, f) for p, f in units(goal)], _zig_version())).encode())
     for path in (*sorted((sources() / "dsa").iterdir()), *more):
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:24]
@@ -126,7 +127,7 @@ def _digest(goal: Target, *more: Path) -> str:
 
 def _compile(goal: Target, work: Path, more: list[str]) -> list[str]:
     """Every source of the operator, as object files in `work`."""
-    for path, flags in _units(goal):
+    for path, flags in units(goal):
         zig("-target", goal.triple, *FLAGS, *more, *flags, "-c", str(path), "-o", str(work / f"{path.stem}.o"))
     return sorted(str(path) for path in work.glob("*.o"))
 
@@ -139,7 +140,7 @@ def _zig_version() -> str:
 
 
 @contextmanager
-def _whole_or_nothing(done: Path) -> Iterator[Path]:
+def whole_or_nothing(done: Path) -> Iterator[Path]:
     """A folder that appears under its name only when finished. Of two writers the second one's copy is thrown away."""
     done.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f"{done.name}.", dir=done.parent))

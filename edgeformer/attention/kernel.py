@@ -118,6 +118,8 @@ def attend(
     compute: int = F32,
     out: Array | None = None,
 ) -> Array:
+    if lists is not None and lists.idx.shape != (want := empty_lists(c, q, k).idx.shape):
+        raise ValueError(f"idx has shape {lists.idx.shape}; this config's lists have {want}")
     out = np.empty(q.shape, np.float32) if out is None else out
     before = (tensor(q), tensor(k), tensor(v), *addresses(lists or (None, None)), lengths(q_len, kv_len))
     prepare("dsa_attend", config(c, q, k, compute=compute), before, output(out), threads)()

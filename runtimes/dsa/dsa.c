@@ -31,9 +31,16 @@ static const char *why_blocks(const dsa_config *c) {
     return NULL;
 }
 
+/* Tasks are counted in 32 bits. */
+static int too_many(const dsa_config *c) {
+    int64_t heads = (int64_t)c->batch * c->q_heads;
+    return heads > INT32_MAX || heads * q_blocks(c) > INT32_MAX || heads * k_blocks(c) > INT32_MAX;
+}
+
 const char *dsa_why(const dsa_config *c) {
     if (c->batch < 1) return "batch: at least 1";
-    if (c->kv_heads < 1 || c->q_heads < 1 || c->q_heads % c->kv_heads) return "q_heads: a multiple of kv_heads, at least 1";
+    if (c->kv_heads < 1) return "kv_heads: at least 1";
+    if (c->q_heads < 1 || c->q_heads % c->kv_heads) return "q_heads: a multiple of kv_heads, at least 1";
     if (c->q_rows < 1 || c->q_rows > 1 << 28) return "q_rows: 1 to 2^28";
     if (c->k_rows < 1 || c->k_rows > 1 << 28) return "k_rows: 1 to 2^28";
     if (c->dim < 16 || c->dim > 256 || c->dim % 16) return "dim: 16 to 256, a multiple of 16";
@@ -42,7 +49,8 @@ const char *dsa_why(const dsa_config *c) {
     if (c->sinks < 0) return "sinks: not negative";
     if (c->compute == DSA_BF16) return "compute: bf16 is not in version 1; use f32 or i8";
     if (c->compute != DSA_F32 && c->compute != DSA_I8) return "compute: 0 f32 or 1 i8";
-    return why_blocks(c);
+    if (why_blocks(c)) return why_blocks(c);
+    return too_many(c) ? "batch: batch * q_heads * blocks must stay below 2^31" : NULL;
 }
 
 static dsa_status status_of(const dsa_config *c) {

@@ -1,4 +1,4 @@
-/* With -mavx512vnni this file is the avx512_vnni set as well: only the two dot products differ. */
+/* kernel_avx512_vnni.c includes this file: only the dot product differs. */
 #include "kernels.h"
 #include <immintrin.h>
 
@@ -40,7 +40,7 @@ typedef const char *ilanes;
 typedef int32_t word32 __attribute__((aligned(1), may_alias));
 
 /* sum + the four products u8 x s8 of each word */
-#ifdef __AVX512VNNI__
+#ifdef VNNI
 #define dot4 _mm512_dpbusd_epi32
 #else
 static inline __m512i dot4(__m512i sum, __m512i u8, __m512i s8) {
@@ -54,7 +54,7 @@ static inline __m512i dot4(__m512i sum, __m512i u8, __m512i s8) {
 #define dot4_p dot4
 #include "kernel_simd.h"
 
-#ifdef __AVX512VNNI__
+#ifdef VNNI
 KERNEL_SET(avx512_vnni);
 #else
 KERNEL_SET(avx512);

@@ -1,4 +1,4 @@
-/* With +dotprod this file is the neon_dotprod set as well: only the dot product differs. */
+/* kernel_neon_dotprod.c includes this file: only the dot product differs. */
 #include "kernels.h"
 #include <arm_neon.h>
 
@@ -45,7 +45,7 @@ static inline void store_bytes(int8_t *p, int32x4_t x) {
 /* sum + the four products s8 x s8 of each word; symmetric */
 static inline int32x4_t dot4(int32x4_t sum, int32x4_t a, int32x4_t b) {
     int8x16_t x = vreinterpretq_s8_s32(a), y = vreinterpretq_s8_s32(b);
-#ifdef __ARM_FEATURE_DOTPROD
+#ifdef DOTPROD
     return vdotq_s32(sum, x, y);
 #else
     /* Pairs fit 16 bits: |P - 128| <= 128 and |K|, |Q|, |V| <= 127. */
@@ -57,7 +57,7 @@ static inline int32x4_t dot4(int32x4_t sum, int32x4_t a, int32x4_t b) {
 #define dot4_p dot4
 #include "kernel_simd.h"
 
-#ifdef __ARM_FEATURE_DOTPROD
+#ifdef DOTPROD
 KERNEL_SET(neon_dotprod);
 #else
 KERNEL_SET(neon);
