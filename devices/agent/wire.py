@@ -106,6 +106,7 @@ class Entry(NamedTuple):
     predicted: Prediction
     checked: Fidelity
     golden_similarity: float  # the self-check's floor against this program's own output on the build machine
+    libraries: Dict[str, str] = {}  # machine ("linux-aarch64") -> file with our operator; the program runs without, too
 
 
 class Task(NamedTuple):
@@ -222,6 +223,14 @@ class Golden(NamedTuple):
     passed: bool
 
 
+class Native(NamedTuple):
+    """What our own operator library did in one inference."""
+
+    calls_per_run: int  # one for each layer with sparse attention
+    kernel_set: str  # the inner loops in use, e.g. "neon"
+    kept: Tuple[float, ...]  # share of the candidate blocks that were kept, a layer
+
+
 class Result(NamedTuple):
     """What one program did on the device."""
 
@@ -241,6 +250,7 @@ class Result(NamedTuple):
     before: Dict[str, Any]  # clocks, temperatures, governor, throttling
     after: Dict[str, Any]
     flags: Tuple[str, ...]
+    native: Optional[Native] = None  # None where no library of ours ran
 
     def metrics(self):
         # type: () -> Metrics

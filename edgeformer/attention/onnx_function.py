@@ -288,10 +288,13 @@ def function() -> onnx.FunctionProto:
     )
 
 
+def present(proto: onnx.ModelProto) -> bool:
+    return any(node.domain == DOMAIN and node.op_type == NAME for node in proto.graph.node)
+
+
 def attach(proto: onnx.ModelProto) -> None:
     """Adds the function to a model that has DSA nodes; others stay as they are."""
-    here = any(node.domain == DOMAIN and node.op_type == NAME for node in proto.graph.node)
-    if here and not any(f.domain == DOMAIN and f.name == NAME for f in proto.functions):
+    if present(proto) and not any(f.domain == DOMAIN and f.name == NAME for f in proto.functions):
         proto.functions.append(function())
 
 

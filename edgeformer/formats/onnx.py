@@ -52,6 +52,7 @@ def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[
             runtime=RUNTIME,
             needs=wire.Needs(glibc=GLIBC if device.glibc else None),
             work=_work(proto, (1, *model.lengths) if model.lengths else (0,)),
+            sparse=onnx_function.present(proto),
         )
 
 

@@ -1,12 +1,20 @@
-"""The torch operator `edgeformer::dsa`: the package's own where it defines one, else the same schema over the reference."""
+"""
+Small encoders with sparse attention. The torch operator `edgeformer::dsa` is the package's own where it defines one,
+else the same schema over the numpy reference.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
+from edgeformer import model as models
 from edgeformer.attention import reference as ref
+from edgeformer_agent import wire
+
+LAYERS = 2
 
 SCHEMA = (
     "dsa(Tensor q, Tensor k, Tensor v, Tensor wq, Tensor wk, Tensor dist_bias, Tensor sink_bias, Tensor theta, "
@@ -61,7 +69,7 @@ class Attention(torch.nn.Module):
 class Encoder(torch.nn.Module):
     """Token ids and mask -> the mean of the valid rows."""
 
-    def __init__(self, layers: int = 2, width: int = 64, heads: int = 2, kv_heads: int = 2, **config: Any) -> None:
+    def __init__(self, layers: int, width: int, heads: int, kv_heads: int, **config: Any) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.words = torch.nn.Embedding(100, width)
@@ -73,3 +81,25 @@ class Encoder(torch.nn.Module):
             x = layer(x, attention_mask)
         weight = attention_mask.unsqueeze(-1).to(x.dtype)
         return (x * weight).sum(1) / weight.sum(1)
+
+
+def model(
+    layers: int = LAYERS, width: int = 64, heads: int = 2, kv_heads: int = 2, lengths: tuple[int, ...] = (32, 70, 96), **config: Any
+) -> models.Model:
+    encoder = Encoder(layers, width, heads, kv_heads, **{"block_q": 32, "block_k": 32, **config})
+    return models.Model(
+        name="sparse-encoder",
+        module=models._OneOutput(encoder, None, "first").eval().requires_grad_(False),
+        inputs=tuple(wire.Tensor(name, "int32", (-1, -1)) for name in ("input_ids", "attention_mask")),
+        output=wire.Tensor("vector", "float32", (-1, width)),
+        task=wire.Task("embedding"),
+        lengths=lengths,
+    )
+
+
+def rows(batch: int, length: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Token ids and mask; every row but the first is shorter."""
+    ids = np.random.default_rng(length).integers(0, 100, (batch, length), dtype=np.int32)
+    valid = [max(1, length - 17 * i) for i in range(batch)]
+    mask = (np.arange(length)[None] < np.array(valid)[:, None]).astype(np.int32)
+    return {"input_ids": ids, "attention_mask": mask}
