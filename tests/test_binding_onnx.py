@@ -117,10 +117,7 @@ def test_library_says_what_it_cannot(case: dsa_cases.Case, why: str) -> None:
 
 @pytest.mark.parametrize("case", dsa_cases.PLAIN, ids=lambda case: case.name)
 def test_function(case: dsa_cases.Case) -> None:
-    q, k = case.operands[:2]
-    full = [np.full(len(x), x.shape[2], np.int32) for x in (q, k)]
-    given = tuple(x if x is not None else full[i - 8] for i, x in enumerate(case.operands))
-    case = dsa_cases.Case(case.name, case.config, given)
+    case = case.with_lengths()
     model = one_node(case)
     onnx_function.attach(model)
     onnx.checker.check_model(model)

@@ -130,10 +130,11 @@ def _scores(
     zq: Tensor, zk: Tensor, dist_bias: Tensor, sink_bias: Tensor, a: Blocks, b: Blocks, offset: int
 ) -> Tensor:
     reach, sinks = dist_bias.shape[1] // 2, min(sink_bias.shape[1], b.count)
-    here = [(i * a.size + offset) // b.size for i in range(a.count)]
-    at = [max(-reach, min(reach, j - h)) + reach for h in here for j in range(b.count)]  # no operators on the device
+    here = torch.floor((a.start + (offset + 0.5)) / b.size)  # floats: an integer division becomes ten operators
+    j = torch.arange(b.count, dtype=torch.float32)
+    at = ((j[None] - here[:, None]).clamp(-reach, reach) + reach).to(torch.int32).reshape(-1)
     sink = pad(sink_bias[:, :sinks], (0, b.count - sinks))
-    distance = dist_bias.index_select(1, torch.tensor(at)).reshape(1, -1, a.count, b.count)
+    distance = dist_bias.index_select(1, at).reshape(1, -1, a.count, b.count)
     return zq @ zk.transpose(-1, -2) + distance + sink[None, :, None]
 
 
