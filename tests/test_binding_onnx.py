@@ -44,7 +44,7 @@ def one_node(case: dsa_cases.Case, **more: Any) -> Any:
     names = [name if x is not None else "" for name, x in zip(dsa_cases.ORDER, case.operands, strict=True)]
     while not names[-1]:
         names.pop()
-    node = onnx.helper.make_node("DSA", names, ["out"], domain=onnx_function.DOMAIN, **case.attributes, **more)
+    node = onnx.helper.make_node("DSA", names, ["out"], domain=onnx_function.DOMAIN, **{**case.attributes, **more})
     inputs = [
         onnx.helper.make_tensor_value_info(name, T.INT32 if name.endswith("len") else T.FLOAT, x.shape)
         for name, x in feeds(case).items()
