@@ -38,10 +38,10 @@ TARGETS = {
     "android-aarch64": Target("aarch64-linux-android", "aarch64", False),
     "ios-aarch64": Target("aarch64-ios", "aarch64", False),
 }
-FLAGS = "-std=c11 -O3 -fPIC -Wall -Wextra -Werror -fvisibility=hidden -fno-sanitize=all".split()
+FLAGS = ["-std=c11", "-O3", "-fPIC", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-fno-sanitize=all"]
 CORE = ("dsa", "dispatch", "cpu")
 # A binding uses no C++ library: the runtime that loads it may carry another one.
-BINDING_FLAGS = [f for f in FLAGS if f != "-std=c11"] + "-std=c++17 -fno-exceptions -fno-rtti".split()
+BINDING_FLAGS = [f for f in FLAGS if f != "-std=c11"] + ["-std=c++17", "-fno-exceptions", "-fno-rtti"]
 
 
 def host() -> str:
@@ -98,7 +98,7 @@ def binding(format: str, target: str | None = None) -> Path:
     if not source.is_file():
         raise BuildError(f"no binding {format!r}; there are {', '.join(bindings())}")
     if not goal.shared:
-        raise BuildError(f"{name} gets object files only (zig has no headers for it); the app's tool chain links {format}")
+        raise BuildError(f"{name} gets object files only (zig has no headers for it); its app links {format} itself")
     done = cache() / f"{name}-{format}-{_digest(goal, source, source.with_name('binding.h'))}"
     if not done.exists():
         with whole_or_nothing(done) as work:

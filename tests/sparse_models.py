@@ -32,7 +32,9 @@ except ImportError:
     def _dsa(q: Any, k: Any, v: Any, *rest: Any, **config: Any) -> torch.Tensor:
         *scorer, q_len, kv_len = (None if x is None else x.detach().numpy() for x in (*rest, None, None)[:7])
         config.pop("compute", None)
-        out = ref.fused(ref.Config(**config), q.detach().numpy(), k.numpy(), v.numpy(), ref.Scorer(*scorer), q_len, kv_len)
+        out = ref.fused(
+            ref.Config(**config), q.detach().numpy(), k.numpy(), v.numpy(), ref.Scorer(*scorer), q_len, kv_len
+        )
         return torch.from_numpy(out.astype("float32"))
 
     @torch.library.register_fake("edgeformer::dsa", lib=LIBRARY)
@@ -84,7 +86,12 @@ class Encoder(torch.nn.Module):
 
 
 def model(
-    layers: int = LAYERS, width: int = 64, heads: int = 2, kv_heads: int = 2, lengths: tuple[int, ...] = (32, 70, 96), **config: Any
+    layers: int = LAYERS,
+    width: int = 64,
+    heads: int = 2,
+    kv_heads: int = 2,
+    lengths: tuple[int, ...] = (32, 70, 96),
+    **config: Any,
 ) -> models.Model:
     encoder = Encoder(layers, width, heads, kv_heads, **{"block_q": 32, "block_k": 32, **config})
     return models.Model(

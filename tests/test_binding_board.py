@@ -17,12 +17,12 @@ pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("ai_edge_litert")
 pytest.importorskip("ziglang")
-import sparse_models  # noqa: E402
-import test_binding_litert as litert  # noqa: E402
-import test_binding_onnx as onnx  # noqa: E402
+import sparse_models
+import test_binding_litert as litert
+import test_binding_onnx as onnx
 
-from edgeformer import build, native, signing  # noqa: E402
-from edgeformer_agent import wire  # noqa: E402
+from edgeformer import build, native, signing
+from edgeformer_agent import wire
 
 pytestmark = pytest.mark.slow
 MACHINE = "linux-aarch64"
@@ -41,7 +41,8 @@ def onnx(name, inputs):
     return session.run(None, {x.name: inputs[x.name] for x in session.get_inputs()})[0]
 
 def litert(name, inputs):
-    made = Interpreter(name + ".tflite", num_threads=2, experimental_delegates=[load_delegate("./libedgeformer_litert.so")])
+    delegates = [load_delegate("./libedgeformer_litert.so")]
+    made = Interpreter(name + ".tflite", num_threads=2, experimental_delegates=delegates)
     made.allocate_tensors()
     for detail in made.get_input_details():
         made.set_tensor(detail["index"], inputs[detail["name"]])

@@ -1,4 +1,4 @@
-"""A bundle with sparse attention carries its library; the agent tries it, uses it, says what it did, or does without."""
+"""A bundle with sparse attention carries its library; the agent tries it, uses it and tells, or does without."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("ai_edge_litert")
 pytest.importorskip("ziglang")
-import sparse_models  # noqa: E402
+import sparse_models
 
-from edgeformer import build, bundle, native, run, signing  # noqa: E402
-from edgeformer.deploy import Measure  # noqa: E402
-from edgeformer_agent import native as agent, wire  # noqa: E402
+from edgeformer import build, bundle, native, run, signing
+from edgeformer.deploy import Measure
+from edgeformer_agent import native as agent, wire
 
 pytestmark = pytest.mark.slow
 QUICK = Measure(profile="quick", min_runs=3, min_seconds=0, rows=2)

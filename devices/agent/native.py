@@ -57,7 +57,7 @@ def main():
     folder, program, threads, library = sys.argv[1:]
     with open(os.path.join(folder, "manifest.json"), "rb") as file:
         manifest = wire.load_manifest(file.read())  # verified by who started this
-    entry = [e for e in manifest.programs if e.name == program][0]
+    entry = next(e for e in manifest.programs if e.name == program)
     row = cases.load(os.path.join(folder, manifest.cases.golden)).rows[0]
     try:
         why = compare(folder, entry, int(threads), library, manifest.task, row)

@@ -8,7 +8,7 @@ dense cost. One difference is left: a NaN in a token that was not kept reaches t
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -21,15 +21,15 @@ NO_SCORE = -3.2e38  # NaN and -inf are not above it
 class Blocks(NamedTuple):
     """One axis of tokens in blocks: how many, how long, and which rows are valid."""
 
-    count: int
+    number: int
     size: int
     valid: Tensor  # (batch, count, size), float 0 or 1
     rows: Tensor  # (batch, count): valid rows of each block
     start: Tensor  # (count): position of the first row
 
 
-def expressible(rule: int = 0, min_blocks: int = 1, max_blocks: int = 0, **_others: Any) -> str | None:
-    """None, or what this form cannot say."""
+def inexpressible(*, rule: int = 0, min_blocks: int = 1, max_blocks: int = 0) -> str | None:
+    """What this form cannot say; None if it can."""
     if rule or max_blocks or min_blocks > 1:
         return (
             "DSA in standard operators is rule 0 without clamps; "
@@ -69,8 +69,8 @@ def dsa(
     z = _scores(_pooled(q, a) @ wq[None], _pooled(k, b) @ wk[None], dist_bias, sink_bias, a, b, q_offset)
     mass = _mass(z, candidate)
     if select_per_kv:
-        mass = mass.reshape(batch, groups, heads // groups, a.count, b.count).mean(2, keepdim=True)
-        mass = mass.expand(batch, groups, heads // groups, a.count, b.count).reshape(batch, heads, a.count, b.count)
+        mass = mass.reshape(batch, groups, heads // groups, a.number, b.number).mean(2, keepdim=True)
+        mass = mass.expand(batch, groups, heads // groups, a.number, b.number).reshape(batch, heads, a.number, b.number)
         theta = theta[:, None].expand(groups, heads // groups).reshape(heads)
     keep = (mass >= theta.reshape(1, heads, 1, 1)).to(q.dtype)
     if force_diag:
@@ -83,7 +83,7 @@ def dsa(
         keep = torch.maximum(keep, _heaviest(mass, candidate, b) * (1 - keep.amax(-1, keepdim=True)))
     out = _attend(q * (scale or dim**-0.5), k, v, keep, a, b, q_offset if causal else None)
     used = (_first(keep, b) <= _reach(a, q_offset if causal else None)).to(q.dtype) * a.valid[:, None]
-    return (out * used.reshape(batch, heads, a.count * block_q, 1))[:, :, :rows]
+    return (out * used.reshape(batch, heads, a.number * block_q, 1))[:, :, :rows]
 
 
 def _blocks(rows: int, size: int, length: Tensor) -> Blocks:
@@ -96,7 +96,7 @@ def _blocks(rows: int, size: int, length: Tensor) -> Blocks:
 
 def _clean(x: Tensor, blocks: Blocks) -> Tensor:
     """Whole blocks; padding, which may hold anything, is 0."""
-    x = pad(x, (0, 0, 0, blocks.count * blocks.size - x.shape[2]))
+    x = pad(x, (0, 0, 0, blocks.number * blocks.size - x.shape[2]))
     valid = blocks.valid.reshape(x.shape[0], 1, x.shape[2], 1)
     return torch.where(valid > 0, x, torch.zeros_like(x))
 
@@ -111,30 +111,28 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 def _pooled(x: Tensor, blocks: Blocks) -> Tensor:
     batch, heads, _, dim = x.shape
-    total = x.reshape(batch, heads, blocks.count, blocks.size, dim).sum(3)
-    return total / blocks.rows.clamp(min=1).reshape(batch, 1, blocks.count, 1)
+    total = x.reshape(batch, heads, blocks.number, blocks.size, dim).sum(3)
+    return total / blocks.rows.clamp(min=1).reshape(batch, 1, blocks.number, 1)
 
 
 def _candidates(a: Blocks, b: Blocks, kv_len: Tensor, causal: int, offset: int) -> tuple[Tensor, Tensor, Tensor]:
     """(batch, 1, i, j) as 0 or 1, and the first and last position of each query block."""
     first = (a.start + offset).reshape(1, 1, -1, 1)
-    last = first + a.rows.reshape(-1, 1, a.count, 1) - 1
+    last = first + a.rows.reshape(-1, 1, a.number, 1) - 1
     start = b.start.reshape(1, 1, 1, -1)
     candidate = start < kv_len.to(torch.float32).reshape(-1, 1, 1, 1)
     if causal:
         candidate = candidate & (start <= last)
-    return candidate.to(torch.float32).expand(-1, 1, a.count, b.count), last, first
+    return candidate.to(torch.float32).expand(-1, 1, a.number, b.number), last, first
 
 
-def _scores(
-    zq: Tensor, zk: Tensor, dist_bias: Tensor, sink_bias: Tensor, a: Blocks, b: Blocks, offset: int
-) -> Tensor:
-    reach, sinks = dist_bias.shape[1] // 2, min(sink_bias.shape[1], b.count)
+def _scores(zq: Tensor, zk: Tensor, dist_bias: Tensor, sink_bias: Tensor, a: Blocks, b: Blocks, offset: int) -> Tensor:
+    reach, sinks = dist_bias.shape[1] // 2, min(sink_bias.shape[1], b.number)
     here = torch.floor((a.start + (offset + 0.5)) / b.size)  # floats: an integer division becomes ten operators
-    j = torch.arange(b.count, dtype=torch.float32)
+    j = torch.arange(b.number, dtype=torch.float32)
     at = ((j[None] - here[:, None]).clamp(-reach, reach) + reach).to(torch.int32).reshape(-1)
-    sink = pad(sink_bias[:, :sinks], (0, b.count - sinks))
-    distance = dist_bias.index_select(1, at).reshape(1, -1, a.count, b.count)
+    sink = pad(sink_bias[:, :sinks], (0, b.number - sinks))
+    distance = dist_bias.index_select(1, at).reshape(1, -1, a.number, b.number)
     return zq @ zk.transpose(-1, -2) + distance + sink[None, :, None]
 
 
@@ -158,16 +156,16 @@ def _heaviest(mass: Tensor, candidate: Tensor, b: Blocks) -> Tensor:
 
 def _reach(a: Blocks, offset: int | None) -> Tensor:
     """(1, 1, i, rows of a block): the last position each row may look at."""
-    t = torch.arange(a.count * a.size, dtype=torch.float32).reshape(1, 1, a.count, a.size)
+    t = torch.arange(a.number * a.size, dtype=torch.float32).reshape(1, 1, a.number, a.size)
     return torch.full_like(t, FAR / 2) if offset is None else t + offset
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, a: Blocks, b: Blocks, offset: int | None) -> Tensor:
     """The blocks' bias is added in five axes; `offset` is the position of row 0 in a causal attention."""
-    batch, heads, rows, dim = q.shape
+    batch, heads, rows, _ = q.shape
     keys, all_ = k.shape[2], batch * heads
-    logits = (q @ k.transpose(-1, -2)).reshape(all_, a.count, a.size, b.count, b.size)
-    logits = logits + ((1 - keep) * OUT).reshape(all_, a.count, 1, b.count, 1)
+    logits = (q @ k.transpose(-1, -2)).reshape(all_, a.number, a.size, b.number, b.size)
+    logits = logits + ((1 - keep) * OUT).reshape(all_, a.number, 1, b.number, 1)
     logits = logits.reshape(batch, heads, rows, keys) + ((1 - b.valid) * OUT).reshape(batch, 1, 1, keys)
     if offset is not None:
         future = torch.arange(keys)[None] > torch.arange(rows)[:, None] + offset

@@ -15,6 +15,8 @@ import onnx
 from onnx import defs, parser
 from onnxscript import opset20 as standard, values
 
+from .composite import inexpressible
+
 DOMAIN, NAME, VERSION = "ai.edgeformer", "DSA", 1
 OPSET = 20
 OPERANDS = ("q", "k", "v", "wq", "wk", "dist_bias", "sink_bias", "theta", "q_len", "kv_len")
@@ -283,9 +285,8 @@ def schema() -> defs.OpSchema:
 def function() -> onnx.FunctionProto:
     """The body in standard operators, with every operand present."""
     head = ", ".join([*(f"{name}: int = {value}" for name, value in INTEGERS.items()), "scale: float = 0.0"])
-    return parser.parse_function(
-        f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}]> {NAME} <{head}> ({", ".join(OPERANDS)}) => (out) {{{_BODY}}}'
-    )
+    signature = f"{NAME} <{head}> ({', '.join(OPERANDS)}) => (out)"
+    return parser.parse_function(f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}]> {signature} {{{_BODY}}}')
 
 
 def present(proto: onnx.ModelProto) -> bool:
@@ -325,11 +326,8 @@ def node(  # the torch operator's signature: the exporter reads names, order and
 ) -> Any:
     """The node for one call of the torch operator; missing lengths are written out as full ones."""
     given = locals()
-    if rule or max_blocks or min_blocks > 1:
-        raise ValueError(
-            f"DSA in ONNX is rule 0 without clamps, so that it runs without our library; got rule={rule}, "
-            f"min_blocks={min_blocks}, max_blocks={max_blocks}"
-        )
+    if reason := inexpressible(rule=rule, min_blocks=min_blocks, max_blocks=max_blocks):
+        raise ValueError(reason)
     lengths = [_full(x) if length is None else length for x, length in ((q, q_len), (k, kv_len))]
     schema()
     dsa = values.Opset(DOMAIN, VERSION).DSA

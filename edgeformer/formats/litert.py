@@ -34,6 +34,7 @@ RUNTIME = wire.Runtime("ai-edge-litert", "2.0", "3")
 GLIBC = "2.34"  # read from the library's symbols; the wheel's tag claims 2.27
 ALIGNMENT = 16  # of every weight in the file, as the interpreter maps it
 COMPOSITE, COMPOSITE_VERSION = "edgeformer.dsa", 1
+_RULES = ("rule", "min_blocks", "max_blocks")
 
 
 def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[Program]:
@@ -76,7 +77,7 @@ def _fp32(model: Model) -> bytes:
 
 def _composite(q: Any, k: Any, v: Any, *rest: Any, compute: int = 0, **config: Any) -> Any:
     """The torch operator as a composite. Lengths are always operands, and the attributes are the schema's."""
-    if reason := composite.expressible(**config):
+    if reason := composite.inexpressible(**{name: config[name] for name in _RULES if name in config}):
         raise ValueError(reason)
     wq, wk, dist_bias, sink_bias, theta, q_len, kv_len = (*rest, None, None)[:7]
     q_len, kv_len = (

@@ -36,7 +36,6 @@ PRODUCTS = ("MatMul", "Gemm", "MatMulInteger", "Conv", "ConvInteger", onnx_funct
 DTYPES = {"tensor(int32)": np.int32, "tensor(int64)": np.int64, "tensor(float)": np.float32}
 
 
-
 def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[Program]:
     """One file each, any batch, any length up to `model.max_length`. Raises ExportError in the exporter's own words."""
     fp32 = _fp32(model)
