@@ -282,13 +282,13 @@ static void add_mass(float *z, int32_t n, float *mass) {
 
 static void score(const dsa_config *c, const dsa_scorer *s, int32_t h, const float *zq, const float *zk, int32_t at,
                   int32_t n, float *z) {
-    const float *dist = s->dist_bias + (size_t)h * (size_t)(2 * c->dist + 1), *sink = s->sink_bias + (size_t)h * (size_t)c->sinks;
+    const float *dist = s->dist_bias + (size_t)h * (size_t)(2 * c->dist + 1);
     size_t stride = (size_t)k_blocks(c);
     for (int32_t j = 0; j < n; j++) z[j] = 0;
     for (int32_t x = 0; x < c->rank; x++)
         for (int32_t j = 0; j < n; j++) z[j] += zq[x] * zk[(size_t)x * stride + (size_t)j];
     for (int32_t j = 0; j < n; j++) z[j] += dist[largest(-c->dist, least(j - at, c->dist)) + c->dist];
-    for (int32_t j = 0; j < least(n, c->sinks); j++) z[j] += sink[j];
+    for (int32_t j = 0; j < least(n, c->sinks); j++) z[j] += s->sink_bias[(size_t)h * (size_t)c->sinks + (size_t)j];
 }
 
 /* One row to decide: n candidates, blocks below sinks and from near to far are forced. */
@@ -386,7 +386,8 @@ static row row_of(const dsa_config *c, int32_t i, int32_t rows, int32_t n, const
 }
 
 /* mass[n]: this query block's probability over key blocks, averaged over the heads that share the list. */
-static void mass_of(const call *a, const select_scratch *s, int32_t b, int32_t list, int32_t i, int32_t rows, int32_t n) {
+static void mass_of(const call *a, const select_scratch *s, int32_t b, int32_t list, int32_t i, int32_t rows,
+                    int32_t n) {
     const dsa_config *c = a->c;
     int32_t shared = c->q_heads / list_heads(c), at = (c->q_offset + i * c->block_q) / c->block_k;
     for (int32_t j = 0; j < n; j++) s->mass[j] = 0;
@@ -615,7 +616,9 @@ dsa_status dsa_select(const dsa_config *c, dsa_tensor q, dsa_tensor k, const dsa
 dsa_status dsa_attend(const dsa_config *c, dsa_tensor q, dsa_tensor k, dsa_tensor v, const int32_t *idx,
                       const int32_t *cnt, dsa_lengths len, void *work, size_t bytes, const dsa_parallel *p, float *out,
                       const ptrdiff_t out_strides[3]) {
-    call a = {.q = q, .k = k, .v = v, .len = len, .kept_idx = idx, .kept_cnt = cnt, .out = out, .out_strides = out_strides};
+    call a = {.q = q, .k = k, .v = v, .len = len, .out = out, .out_strides = out_strides};
+    a.kept_idx = idx;
+    a.kept_cnt = cnt;
     dsa_status status = begin(&a, c, work, bytes, p);
     if (status == DSA_OK) attend_all(&a, p);
     return status;

@@ -1,5 +1,5 @@
 /* edgeformer block-DSA: attention over the key blocks a small scorer keeps, which depend on the input.
- * The only header a binding includes. The core never allocates, starts no thread, keeps no state but dsa_limit's choice.
+ * The only header a binding includes. The core allocates nothing, starts no thread and keeps only dsa_limit's choice.
  * attend is exact over what select kept; fused = attend(select), bit for bit; 1 and n threads give the same bits. */
 #ifndef DSA_H
 #define DSA_H
@@ -32,7 +32,8 @@ typedef struct {
     ptrdiff_t batch, head, row;
 } dsa_tensor;
 
-/* wq, wk [q_heads][dim][rank], dist_bias [q_heads][2*dist+1], sink_bias [q_heads][sinks] (NULL if sinks is 0), theta [Hs] */
+/* wq, wk [q_heads][dim][rank], dist_bias [q_heads][2*dist+1], sink_bias [q_heads][sinks] (NULL if there are none),
+ * theta [Hs] */
 typedef struct {
     const float *wq, *wk, *dist_bias, *sink_bias, *theta;
 } dsa_scorer;
@@ -56,10 +57,11 @@ const char *dsa_why(const dsa_config *c);
 /* Kmax = min(max_blocks or nK, nK): the last axis of idx. */
 int32_t dsa_kmax(const dsa_config *c);
 
-/* Bytes of workspace the three functions below need with this many threads; any alignment. 0 if the config is invalid. */
+/* Bytes of workspace the functions below need with this many threads, at any alignment; 0 if the config is invalid. */
 size_t dsa_workspace(const dsa_config *c, int32_t threads);
 
-/* idx [batch][Hs][nQ][Kmax]: kept key blocks, ascending, padded with -1. cnt [batch][Hs][nQ]: how many; 0 for a padded row. */
+/* idx [batch][Hs][nQ][Kmax]: kept key blocks, ascending, padded with -1. cnt [batch][Hs][nQ]: how many; 0 for a query
+ * block that is all padding. */
 dsa_status dsa_select(const dsa_config *c, dsa_tensor q, dsa_tensor k, const dsa_scorer *s, dsa_lengths len,
                       void *work, size_t bytes, const dsa_parallel *p, int32_t *idx, int32_t *cnt);
 
