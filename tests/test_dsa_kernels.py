@@ -249,7 +249,7 @@ def test_vectors_with_sanitizers(tmp_path: Path) -> None:
     gcc = shutil.which("gcc")
     if not gcc or native.host() != "linux-x86_64":
         pytest.skip("gcc for this machine is not installed")
-    flags = "-std=gnu11 -O1 -fsanitize=address,undefined -fno-sanitize-recover=all".split()
+    flags = "-std=gnu11 -O1 -DDSA_CHECK_LISTS -fsanitize=address,undefined -fno-sanitize-recover=all".split()
     objects = []
     for path, own in native.units(native.TARGETS["linux-x86_64"]):
         objects.append(str(tmp_path / f"{path.stem}.o"))

@@ -65,8 +65,9 @@ size_t dsa_workspace(const dsa_config *c, int32_t threads);
 dsa_status dsa_select(const dsa_config *c, dsa_tensor q, dsa_tensor k, const dsa_scorer *s, dsa_lengths len,
                       void *work, size_t bytes, const dsa_parallel *p, int32_t *idx, int32_t *cnt);
 
-/* Lists are trusted: ascending, unique, in range. idx NULL: all blocks. Rows with nothing to see and padded rows are 0.
- * out is [batch][head][row][dim] with the strides given for the first three. DSA_I8 wants finite inputs. */
+/* Lists are trusted: ascending, unique, in range (checked with -DDSA_CHECK_LISTS). idx NULL: all blocks.
+ * out is [batch][head][row][dim] with the strides given for the first three. Padded rows and rows with nothing to see
+ * are 0. DSA_I8 wants finite inputs. */
 dsa_status dsa_attend(const dsa_config *c, dsa_tensor q, dsa_tensor k, dsa_tensor v, const int32_t *idx,
                       const int32_t *cnt, dsa_lengths len, void *work, size_t bytes, const dsa_parallel *p, float *out,
                       const ptrdiff_t out_strides[3]);

@@ -309,7 +309,7 @@ INLINE ivec p_words(const float *s, const int keys, vec from) {
     return P_SHIFT ? ixor(packed, iset((int32_t)0x80808080)) : packed;
 }
 
-/* P is quantised against the maximum of this block (a fine grid even where the block matters little); beta undoes it. */
+/* P is quantised against the maximum of this block: fine even where the block matters little. beta undoes it. */
 static void softmax8(const dsa_strip *t) {
     const float log2_255 = 7.99435343686f;
     const int groups = (t->keys + 3) / 4, rest = t->keys % 4;

@@ -110,8 +110,9 @@ static int32_t *integers(const node *n) {
 
 static dsa_config config(const node *c) {
     static const char *const fields[] = {
-        "batch", "q_heads", "kv_heads", "q_rows", "k_rows", "dim", "block_q", "block_k", "rank", "dist", "sinks", "rule",
-        "min_blocks", "max_blocks", "force_diag", "n_sink", "causal", "q_offset", "select_per_kv", "dense_below", "compute"};
+        "batch", "q_heads", "kv_heads", "q_rows", "k_rows", "dim", "block_q", "block_k", "rank", "dist", "sinks",
+        "rule", "min_blocks", "max_blocks", "force_diag", "n_sink", "causal", "q_offset", "select_per_kv",
+        "dense_below", "compute"};
     dsa_config made;
     int32_t *to = &made.batch;
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) to[i] = whole(c, fields[i]);
