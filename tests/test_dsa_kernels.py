@@ -103,6 +103,27 @@ def test_threads_strides_and_workspace_do_not_change_a_bit(kernels: str, compute
     assert 0 < kept[0] < kept[1] == candidates
 
 
+def test_copying_strided_rows_is_only_faster(kernels: str) -> None:
+    """BNHD without and with room for a copy, and with garbage in the padding that must not be copied into view."""
+    q, k, v, _ = problem(heads=4, groups=2, n=200)
+    length = np.array([170], np.int32)
+    want = kernel.attend(ref.Config(), q, k, v, None, length, length)
+    k[:, :, 170:], v[:, :, 170:] = np.nan, np.nan
+    k, v = (np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (k, v))
+    c, out = kernel.config(ref.Config(), q, k), np.empty_like(q)
+    least, room = (
+        f(ctypes.byref(c), 1) for f in (kernel.library().dsa_workspace, kernel.library().dsa_workspace_strided)
+    )
+    assert room - least >= k.nbytes + v.nbytes
+    for size in (least, room - 1, room):
+        memory = np.full(size + 8, 0xA5, np.uint8)
+        before = (*map(kernel.tensor, (q, k, v)), None, None, kernel.lengths(length, length))
+        place = (*kernel.addresses([memory]), ctypes.c_size_t(size), None)
+        assert kernel.library().dsa_attend(ctypes.byref(c), *before, *place, *kernel.output(out)) == 0
+        np.testing.assert_array_equal(out, want)
+        assert (memory[size:] == 0xA5).all()
+
+
 def test_the_workspace_is_not_overrun_and_may_be_unaligned(kernels: str) -> None:
     q, k, v, s = problem()
     for compute in (kernel.F32, kernel.I8):

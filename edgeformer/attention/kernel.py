@@ -53,7 +53,7 @@ class _Parallel(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(native.library()))
-    lib.dsa_workspace.restype = ctypes.c_size_t
+    lib.dsa_workspace.restype = lib.dsa_workspace_strided.restype = ctypes.c_size_t
     lib.dsa_why.restype = lib.dsa_kernels.restype = ctypes.c_char_p
     return lib
 
@@ -90,7 +90,9 @@ def prepare(
     name: str, c: CConfig, before: tuple[Any, ...], after: tuple[Any, ...], threads: int = 1
 ) -> Callable[[], None]:
     """A call of the core with its workspace, ready to be repeated."""
-    size = library().dsa_workspace(ctypes.byref(c), threads)
+    strided = any(isinstance(x, _Tensor) and x.row != c.dim for x in before)
+    room = library().dsa_workspace_strided if strided else library().dsa_workspace
+    size = room(ctypes.byref(c), threads)
     work = np.zeros(size, np.uint8)
     parallel = ctypes.byref(_Parallel(threads, threads, _run)) if threads > 1 else None
     arguments = (ctypes.byref(c), *before, *addresses([work]), ctypes.c_size_t(size), parallel, *after)

@@ -83,8 +83,9 @@ typedef struct {
     float *k_scale;        /* i8: [batch][kv_heads][nK] */
     int8_t *k8, *v8;       /* i8: [batch][kv_heads][nK][block_k * dim] each */
     int32_t *v_sum;         /* i8: [batch][kv_heads][nK][dim] */
+    float *k_copy, *v_copy; /* f32, optional: [batch][kv_heads][nK * block_k][dim] */
     char *thread;          /* [threads][thread_bytes] */
-    size_t thread_bytes;
+    size_t thread_bytes, needed; /* bytes of one thread; of all but the copies */
 } memory;
 
 /* Per thread, selecting: the projected key blocks of every head that shares a list, and one row. */
@@ -148,14 +149,23 @@ static memory layout(arena *a, const dsa_config *c, int32_t threads) {
     attend_layout(&other, c);
     m.thread_bytes = one.used > other.used ? one.used : other.used;
     m.thread = take(a, (size_t)threads * m.thread_bytes);
+    m.needed = a->used;
+    m.k_copy = take(a, (1 - i8) * 4 * kv * n * bk * dim);
+    m.v_copy = take(a, (1 - i8) * 4 * kv * n * bk * dim);
     return m;
 }
 
 size_t dsa_workspace(const dsa_config *c, int32_t threads) {
     arena a = {NULL, 0};
     if (dsa_why(c)) return 0;
+    return layout(&a, c, largest(threads, 1)).needed + 64; /* the caller's pointer may have any alignment */
+}
+
+size_t dsa_workspace_strided(const dsa_config *c, int32_t threads) {
+    arena a = {NULL, 0};
+    if (dsa_why(c)) return 0;
     layout(&a, c, largest(threads, 1));
-    return a.used + 64; /* the caller's pointer may have any alignment */
+    return a.used + 64;
 }
 
 /* ---- One call: everything a task needs. */
@@ -192,6 +202,7 @@ static dsa_status begin(call *a, const dsa_config *c, void *work, size_t bytes, 
     a->c = c;
     a->set = dsa_best();
     a->m = layout(&place, c, threads);
+    if (c->compute != DSA_F32 || bytes < dsa_workspace_strided(c, threads)) a->m.k_copy = a->m.v_copy = NULL;
     return DSA_OK;
 }
 
@@ -266,11 +277,10 @@ static float exp_of(float x) {
     return (1.0f + p * f) * two_n.f;
 }
 
-/* mass[n] += softmax(z[n]); a row of -inf has no mass. */
+/* mass[n] += softmax(z[n]); a row of -inf has no mass. NaN counts as -inf: it fails every comparison on the way. */
 static void add_mass(float *z, int32_t n, float *mass) {
     float top = NONE, total = 0;
     for (int32_t j = 0; j < n; j++) {
-        if (z[j] != z[j]) z[j] = NONE;
         if (z[j] > MOST) z[j] = MOST;
         if (z[j] > top) top = z[j];
     }
@@ -594,7 +604,36 @@ static void attend_block(void *arg, int32_t at, int32_t thread) {
     zero_rows(out, a->out_strides[2], rows, full, c->dim);
 }
 
-static void attend_all(const call *a, const dsa_parallel *p) {
+static void copy_rows(const float *from, ptrdiff_t row, int32_t rows, int32_t dim, float *to) {
+    for (int32_t r = 0; r < rows; r++)
+        for (int32_t d = 0; d < dim; d++) to[r * dim + d] = from[r * row + d];
+}
+
+static void copy_block(void *arg, int32_t i, int32_t thread) {
+    const call *a = arg;
+    const dsa_config *c = a->c;
+    int32_t n = k_blocks(c), kv = i / n, b = kv / c->kv_heads, g = kv % c->kv_heads, from = i % n * c->block_k;
+    int32_t rows = least(c->block_k, k_valid(a, b) - from);
+    size_t to = (size_t)i * (size_t)c->block_k * (size_t)c->dim;
+    (void)thread;
+    copy_rows(head_of(a->k, b, g) + from * a->k.row, a->k.row, rows, c->dim, a->m.k_copy + to);
+    copy_rows(head_of(a->v, b, g) + from * a->v.row, a->v.row, rows, c->dim, a->m.v_copy + to);
+}
+
+/* Rows far apart cost pages and cache sets on every visit; a block is visited by many query blocks. */
+static call with_near_rows(const call *a, const dsa_parallel *p) {
+    const dsa_config *c = a->c;
+    call near = *a;
+    if (!a->m.k_copy || q_blocks(c) == 1 || (a->k.row == c->dim && a->v.row == c->dim)) return near;
+    run(p, c->batch * c->kv_heads * k_blocks(c), copy_block, a);
+    ptrdiff_t head = (ptrdiff_t)k_blocks(c) * c->block_k * c->dim;
+    near.k = (dsa_tensor){a->m.k_copy, c->kv_heads * head, head, c->dim};
+    near.v = (dsa_tensor){a->m.v_copy, c->kv_heads * head, head, c->dim};
+    return near;
+}
+
+static void attend_all(const call *given, const dsa_parallel *p) {
+    const call near = with_near_rows(given, p), *a = &near;
     const dsa_config *c = a->c;
     if (c->compute == DSA_I8) {
         run(p, c->batch * c->kv_heads, measure_kv, a);
