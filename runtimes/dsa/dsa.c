@@ -83,8 +83,9 @@ typedef struct {
     float *k_scale;        /* i8: [batch][kv_heads][nK] */
     int8_t *k8, *v8;       /* i8: [batch][kv_heads][nK][block_k * dim] each */
     int32_t *v_sum;         /* i8: [batch][kv_heads][nK][dim] */
+    float *k_copy, *v_copy; /* f32, optional: [batch][kv_heads][nK * block_k][dim] */
     char *thread;          /* [threads][thread_bytes] */
-    size_t thread_bytes;
+    size_t thread_bytes, needed; /* bytes of one thread; of all but the copies */
 } memory;
 
 /* Per thread, selecting: the projected key blocks of every head that shares a list, and one row. */
@@ -106,7 +107,7 @@ static select_scratch select_layout(arena *a, const dsa_config *c) {
     return s;
 }
 
-/* Per thread, attending: one query block as strips, and one strip of logits. */
+/* Per thread, attending: one query block as strips, and its logits against one key block. */
 typedef struct {
     float *q, *o, *s, *high, *top, *sum, *alpha, *beta, *q_scale;
     int32_t *p8, *q_sum;
@@ -117,11 +118,11 @@ static attend_scratch attend_layout(arena *a, const dsa_config *c) {
     size_t rows = ((size_t)c->block_q + MAX_STRIP - 1) / MAX_STRIP * MAX_STRIP, dim = (size_t)c->dim;
     s.q = take(a, 4 * rows * dim);
     s.o = take(a, 4 * rows * dim);
-    s.s = take(a, 4 * ((size_t)c->block_k * MAX_STRIP + 16)); /* a tile may load a few lanes past the last */
-    s.p8 = take(a, c->compute == DSA_I8 ? (size_t)c->block_k * MAX_STRIP + 64 : 0);
+    s.s = take(a, 4 * ((size_t)c->block_k * rows + 16)); /* a tile may load a few lanes past the last */
+    s.p8 = take(a, c->compute == DSA_I8 ? (size_t)c->block_k * rows + 64 : 0);
     s.high = take(a, 4 * MAX_STRIP);
-    s.alpha = take(a, 4 * MAX_STRIP);
-    s.beta = take(a, 4 * MAX_STRIP);
+    s.alpha = take(a, 4 * rows);
+    s.beta = take(a, 4 * rows);
     s.top = take(a, 4 * rows);
     s.sum = take(a, 4 * rows);
     s.q_scale = take(a, 4 * rows);
@@ -148,14 +149,23 @@ static memory layout(arena *a, const dsa_config *c, int32_t threads) {
     attend_layout(&other, c);
     m.thread_bytes = one.used > other.used ? one.used : other.used;
     m.thread = take(a, (size_t)threads * m.thread_bytes);
+    m.needed = a->used;
+    m.k_copy = take(a, (1 - i8) * 4 * kv * n * bk * dim);
+    m.v_copy = take(a, (1 - i8) * 4 * kv * n * bk * dim);
     return m;
 }
 
 size_t dsa_workspace(const dsa_config *c, int32_t threads) {
     arena a = {NULL, 0};
     if (dsa_why(c)) return 0;
+    return layout(&a, c, largest(threads, 1)).needed + 64; /* the caller's pointer may have any alignment */
+}
+
+size_t dsa_workspace_strided(const dsa_config *c, int32_t threads) {
+    arena a = {NULL, 0};
+    if (dsa_why(c)) return 0;
     layout(&a, c, largest(threads, 1));
-    return a.used + 64; /* the caller's pointer may have any alignment */
+    return a.used + 64;
 }
 
 /* ---- One call: everything a task needs. */
@@ -192,6 +202,7 @@ static dsa_status begin(call *a, const dsa_config *c, void *work, size_t bytes, 
     a->c = c;
     a->set = dsa_best();
     a->m = layout(&place, c, threads);
+    if (c->compute != DSA_F32 || bytes < dsa_workspace_strided(c, threads)) a->m.k_copy = a->m.v_copy = NULL;
     return DSA_OK;
 }
 
@@ -266,11 +277,10 @@ static float exp_of(float x) {
     return (1.0f + p * f) * two_n.f;
 }
 
-/* mass[n] += softmax(z[n]); a row of -inf has no mass. */
+/* mass[n] += softmax(z[n]); a row of -inf has no mass. NaN counts as -inf: it fails every comparison on the way. */
 static void add_mass(float *z, int32_t n, float *mass) {
     float top = NONE, total = 0;
     for (int32_t j = 0; j < n; j++) {
-        if (z[j] != z[j]) z[j] = NONE;
         if (z[j] > MOST) z[j] = MOST;
         if (z[j] > top) top = z[j];
     }
@@ -282,13 +292,13 @@ static void add_mass(float *z, int32_t n, float *mass) {
 
 static void score(const dsa_config *c, const dsa_scorer *s, int32_t h, const float *zq, const float *zk, int32_t at,
                   int32_t n, float *z) {
-    const float *dist = s->dist_bias + (size_t)h * (size_t)(2 * c->dist + 1), *sink = s->sink_bias + (size_t)h * (size_t)c->sinks;
+    const float *dist = s->dist_bias + (size_t)h * (size_t)(2 * c->dist + 1);
     size_t stride = (size_t)k_blocks(c);
     for (int32_t j = 0; j < n; j++) z[j] = 0;
     for (int32_t x = 0; x < c->rank; x++)
         for (int32_t j = 0; j < n; j++) z[j] += zq[x] * zk[(size_t)x * stride + (size_t)j];
     for (int32_t j = 0; j < n; j++) z[j] += dist[largest(-c->dist, least(j - at, c->dist)) + c->dist];
-    for (int32_t j = 0; j < least(n, c->sinks); j++) z[j] += sink[j];
+    for (int32_t j = 0; j < least(n, c->sinks); j++) z[j] += s->sink_bias[(size_t)h * (size_t)c->sinks + (size_t)j];
 }
 
 /* One row to decide: n candidates, blocks below sinks and from near to far are forced. */
@@ -386,7 +396,8 @@ static row row_of(const dsa_config *c, int32_t i, int32_t rows, int32_t n, const
 }
 
 /* mass[n]: this query block's probability over key blocks, averaged over the heads that share the list. */
-static void mass_of(const call *a, const select_scratch *s, int32_t b, int32_t list, int32_t i, int32_t rows, int32_t n) {
+static void mass_of(const call *a, const select_scratch *s, int32_t b, int32_t list, int32_t i, int32_t rows,
+                    int32_t n) {
     const dsa_config *c = a->c;
     int32_t shared = c->q_heads / list_heads(c), at = (c->q_offset + i * c->block_q) / c->block_k;
     for (int32_t j = 0; j < n; j++) s->mass[j] = 0;
@@ -455,7 +466,7 @@ static void measure_kv(void *arg, int32_t i, int32_t thread) {
     (void)thread;
     mean_of(a->set, head_of(a->k, b, g), a->k.row, rows, c->dim, shift);
     a->set->peaks(head_of(a->v, b, g), a->v.row, rows, c->dim, scale);
-    for (int32_t d = 0; d < c->dim; d++) scale[d] *= 1.0f / 127;
+    for (int32_t d = 0; d < c->dim; d++) scale[d] = (scale[d] > 1e-30f ? scale[d] : 1e-30f) / 127;
 }
 
 static void pack_block(void *arg, int32_t i, int32_t thread) {
@@ -496,16 +507,16 @@ static void hide_future(const dsa_strip *t, int32_t strip, int32_t first_key, in
     }
 }
 
-static void attend_strip(const call *a, dsa_strip *t, int32_t keys, int32_t first_key, int32_t first_query) {
+/* Logits and probabilities of one strip; t->keys becomes 0 if all of the block lies in the future. */
+static void weigh(const call *a, dsa_strip *t, int32_t keys, int32_t first_key, int32_t first_query) {
     const dsa_config *c = a->c;
     int i8 = c->compute == DSA_I8;
     int32_t seen = c->causal ? least(keys, first_query + t->rows - first_key) : keys;
-    if (seen <= 0) return;         /* all of it lies in the future */
-    t->keys = i8 ? keys : seen;    /* v_sum is of the whole block */
+    t->keys = seen <= 0 ? 0 : i8 ? keys : seen; /* i8: v_sum is of the whole block */
+    if (!t->keys) return;
     (i8 ? a->set->qk8 : a->set->qk)(t);
     if (c->causal && first_key + t->keys - 1 > first_query) hide_future(t, 2 * a->set->width, first_key, first_query);
     (i8 ? a->set->softmax8 : a->set->softmax)(t);
-    (i8 ? a->set->pv8 : a->set->pv)(t);
 }
 
 /* The strip that starts at row `from` of a query block; its state lives in the scratch. */
@@ -520,11 +531,11 @@ static dsa_strip strip_at(const call *a, const attend_scratch *s, int32_t from, 
     t.q = s->q + (ptrdiff_t)from * dim;
     t.q8 = (int32_t *)(void *)t.q; /* i8 needs a quarter of it */
     t.o = s->o + (ptrdiff_t)from * dim;
-    t.s = s->s;
-    t.p8 = s->p8;
+    t.s = s->s + (ptrdiff_t)from * a->c->block_k;
+    t.p8 = s->p8 + (ptrdiff_t)from * a->c->block_k / 4;
     t.high = s->high;
-    t.alpha = s->alpha;
-    t.beta = s->beta;
+    t.alpha = s->alpha + from;
+    t.beta = s->beta + from;
     t.top = s->top + from;
     t.sum = s->sum + from;
     t.q_scale = s->q_scale + from;
@@ -558,6 +569,7 @@ static void attend_rows(const call *a, const attend_scratch *s, int32_t b, int32
     const dsa_config *c = a->c;
     int32_t strip = 2 * a->set->width, n = 0;
     const float *channel = c->compute == DSA_I8 ? a->m.v_scale + (size_t)(b * c->kv_heads + g) * (size_t)c->dim : NULL;
+    void (*pv)(const dsa_strip *) = c->compute == DSA_I8 ? a->set->pv8 : a->set->pv;
     dsa_strip strips[MAX_STRIPS];
     for (int32_t from = 0; from < rows; from += strip) {
         strips[n] = strip_at(a, s, from, rows);
@@ -567,8 +579,11 @@ static void attend_rows(const call *a, const attend_scratch *s, int32_t b, int32
         int32_t j = idx ? idx[x] : x, at = j * c->block_k, keys = least(c->block_k, k_valid(a, b) - at);
         for (int32_t y = 0; y < n; y++) {
             take_block(a, &strips[y], b, g, j);
-            attend_strip(a, &strips[y], keys, at, first + y * strip);
+            weigh(a, &strips[y], keys, at, first + y * strip);
         }
+        /* All strips again, so that K and then V stay in the first-level cache (32 KB hold one of them, not both). */
+        for (int32_t y = 0; y < n; y++)
+            if (strips[y].keys) pv(&strips[y]);
     }
     for (int32_t y = 0; y < n; y++)
         a->set->store(&strips[y], channel, out + y * strip * a->out_strides[2], a->out_strides[2]);
@@ -589,7 +604,36 @@ static void attend_block(void *arg, int32_t at, int32_t thread) {
     zero_rows(out, a->out_strides[2], rows, full, c->dim);
 }
 
-static void attend_all(const call *a, const dsa_parallel *p) {
+static void copy_rows(const float *from, ptrdiff_t row, int32_t rows, int32_t dim, float *to) {
+    for (int32_t r = 0; r < rows; r++)
+        for (int32_t d = 0; d < dim; d++) to[r * dim + d] = from[r * row + d];
+}
+
+static void copy_block(void *arg, int32_t i, int32_t thread) {
+    const call *a = arg;
+    const dsa_config *c = a->c;
+    int32_t n = k_blocks(c), kv = i / n, b = kv / c->kv_heads, g = kv % c->kv_heads, from = i % n * c->block_k;
+    int32_t rows = least(c->block_k, k_valid(a, b) - from);
+    size_t to = (size_t)i * (size_t)c->block_k * (size_t)c->dim;
+    (void)thread;
+    copy_rows(head_of(a->k, b, g) + from * a->k.row, a->k.row, rows, c->dim, a->m.k_copy + to);
+    copy_rows(head_of(a->v, b, g) + from * a->v.row, a->v.row, rows, c->dim, a->m.v_copy + to);
+}
+
+/* Rows far apart cost pages and cache sets on every visit; a block is visited by many query blocks. */
+static call with_near_rows(const call *a, const dsa_parallel *p) {
+    const dsa_config *c = a->c;
+    call near = *a;
+    if (!a->m.k_copy || q_blocks(c) == 1 || (a->k.row == c->dim && a->v.row == c->dim)) return near;
+    run(p, c->batch * c->kv_heads * k_blocks(c), copy_block, a);
+    ptrdiff_t head = (ptrdiff_t)k_blocks(c) * c->block_k * c->dim;
+    near.k = (dsa_tensor){a->m.k_copy, c->kv_heads * head, head, c->dim};
+    near.v = (dsa_tensor){a->m.v_copy, c->kv_heads * head, head, c->dim};
+    return near;
+}
+
+static void attend_all(const call *given, const dsa_parallel *p) {
+    const call near = with_near_rows(given, p), *a = &near;
     const dsa_config *c = a->c;
     if (c->compute == DSA_I8) {
         run(p, c->batch * c->kv_heads, measure_kv, a);
@@ -599,6 +643,22 @@ static void attend_all(const call *a, const dsa_parallel *p) {
 }
 
 /* ---- The three entry points. */
+
+/* Lists are trusted; a debug build looks at them all the same. */
+static int lists_ok(const call *a) {
+#ifdef DSA_CHECK_LISTS
+    const dsa_config *c = a->c;
+    int32_t kmax = dsa_kmax(c), n = c->batch * list_heads(c) * q_blocks(c);
+    for (int32_t x = 0; a->kept_idx && x < n; x++) {
+        const int32_t *idx = a->kept_idx + (size_t)x * (size_t)kmax, kept = a->kept_cnt[x];
+        if (kept < 0 || kept > kmax) return 0;
+        for (int32_t i = 0; i < kept; i++)
+            if (idx[i] < (i ? idx[i - 1] + 1 : 0) || idx[i] >= k_blocks(c)) return 0;
+    }
+#endif
+    (void)a;
+    return 1;
+}
 
 dsa_status dsa_select(const dsa_config *c, dsa_tensor q, dsa_tensor k, const dsa_scorer *s, dsa_lengths len,
                       void *work, size_t bytes, const dsa_parallel *p, int32_t *idx, int32_t *cnt) {
@@ -611,8 +671,11 @@ dsa_status dsa_select(const dsa_config *c, dsa_tensor q, dsa_tensor k, const dsa
 dsa_status dsa_attend(const dsa_config *c, dsa_tensor q, dsa_tensor k, dsa_tensor v, const int32_t *idx,
                       const int32_t *cnt, dsa_lengths len, void *work, size_t bytes, const dsa_parallel *p, float *out,
                       const ptrdiff_t out_strides[3]) {
-    call a = {.q = q, .k = k, .v = v, .len = len, .kept_idx = idx, .kept_cnt = cnt, .out = out, .out_strides = out_strides};
+    call a = {.q = q, .k = k, .v = v, .len = len, .out = out, .out_strides = out_strides};
+    a.kept_idx = idx;
+    a.kept_cnt = cnt;
     dsa_status status = begin(&a, c, work, bytes, p);
+    if (status == DSA_OK && !lists_ok(&a)) status = DSA_BAD_CONFIG;
     if (status == DSA_OK) attend_all(&a, p);
     return status;
 }

@@ -27,19 +27,16 @@ typedef const char *ilanes;
 #define iset _mm256_set1_epi32
 #define iadd _mm256_add_epi32
 #define imul _mm256_mullo_epi32
-#define iand _mm256_and_si256
-#define ior _mm256_or_si256
+#define ipush(a, b) _mm256_or_si256(_mm256_slli_epi32(a, 8), _mm256_and_si256(b, iset(255)))
 #define ixor _mm256_xor_si256
-#define ishift _mm256_slli_epi32
+#define as_int _mm256_castps_si256
 #define to_float _mm256_cvtepi32_ps
-#define to_int _mm256_cvtps_epi32
 #define ilanes_at(p) ((const char *)(p))
 #define ilane(a, i) iset(*(const word32 *)(const void *)((a) + 4 * (i)))
 typedef int32_t word32 __attribute__((aligned(1), may_alias));
 
 static inline void store_bytes(int8_t *p, __m256i x) {
-    __m256i pick = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1, -1, -1,
-                                    -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i pick = _mm256_set1_epi32(12 << 24 | 8 << 16 | 4 << 8); /* bytes 0, 4, 8 and 12 of each half */
     __m256i words = _mm256_shuffle_epi8(x, pick);
     *(word32 *)(void *)p = _mm256_extract_epi32(words, 0);
     *(word32 *)(void *)(p + 4) = _mm256_extract_epi32(words, 4);
@@ -52,8 +49,7 @@ static inline __m256i dot4(__m256i sum, __m256i u8, __m256i s8) {
     __m256i b = _mm256_madd_epi16(_mm256_srli_epi16(u8, 8), _mm256_srai_epi16(s8, 8));
     return _mm256_add_epi32(sum, _mm256_add_epi32(a, b));
 }
-#define dot4_k dot4
-#define dot4_p dot4
+#define dot4_lane(sum, a, i, b) dot4(sum, ilane(a, i), b)
 #include "kernel_simd.h"
 
 KERNEL_SET(avx2);

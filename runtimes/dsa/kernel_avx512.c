@@ -28,13 +28,12 @@ typedef const char *ilanes;
 #define iset _mm512_set1_epi32
 #define iadd _mm512_add_epi32
 #define imul _mm512_mullo_epi32
-#define iand _mm512_and_si512
-#define ior _mm512_or_si512
+/* bits of the mask from b, the others from a << 8 */
+#define ipush(a, b) _mm512_ternarylogic_epi32(iset(255), b, _mm512_slli_epi32(a, 8), 0xca)
 #define ixor _mm512_xor_si512
-#define ishift _mm512_slli_epi32
 #define store_bytes(p, x) _mm_storeu_si128((__m128i *)(void *)(p), _mm512_cvtepi32_epi8(x))
+#define as_int _mm512_castps_si512
 #define to_float _mm512_cvtepi32_ps
-#define to_int _mm512_cvtps_epi32
 #define ilanes_at(p) ((const char *)(p))
 #define ilane(a, i) iset(*(const word32 *)(const void *)((a) + 4 * (i)))
 typedef int32_t word32 __attribute__((aligned(1), may_alias));
@@ -50,8 +49,7 @@ static inline __m512i dot4(__m512i sum, __m512i u8, __m512i s8) {
     return _mm512_add_epi32(sum, _mm512_add_epi32(a, b));
 }
 #endif
-#define dot4_k dot4
-#define dot4_p dot4
+#define dot4_lane(sum, a, i, b) dot4(sum, ilane(a, i), b)
 #include "kernel_simd.h"
 
 #ifdef VNNI

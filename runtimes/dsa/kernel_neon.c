@@ -24,18 +24,15 @@ typedef int32x4_t ilanes;
 #define lanes_at vld1q_f32
 #define lane(a, i) vset((a)[i])
 #define iload(p) vreinterpretq_s32_s8(vld1q_s8((const int8_t *)(p)))
-#define istore vst1q_s32
+#define istore(p, x) vst1q_s32((int32_t *)(void *)(p), x)
 #define iset vdupq_n_s32
 #define iadd vaddq_s32
 #define imul vmulq_s32
-#define iand vandq_s32
-#define ior vorrq_s32
+#define ipush(a, b) vsliq_n_s32(b, a, 8)
 #define ixor veorq_s32
-#define ishift(x, n) vshlq_s32(x, iset(n))
+#define as_int vreinterpretq_s32_f32
 #define to_float vcvtq_f32_s32
-#define to_int vcvtnq_s32_f32
 #define ilanes_at iload
-#define ilane(a, i) iset((a)[i])
 
 static inline void store_bytes(int8_t *p, int32x4_t x) {
     int16x4_t half = vmovn_s32(x);
@@ -53,8 +50,20 @@ static inline int32x4_t dot4(int32x4_t sum, int32x4_t a, int32x4_t b) {
     return vpadalq_s16(sum, vpaddq_s16(low, high));
 #endif
 }
-#define dot4_k dot4
-#define dot4_p dot4
+/* By element. As a switch, because the lane must be a constant where the intrinsic stands; unrolling makes it one. */
+static inline int32x4_t dot4_lane(int32x4_t sum, int32x4_t a, int i, int32x4_t b) {
+#ifdef DOTPROD
+    int8x16_t x = vreinterpretq_s8_s32(a), y = vreinterpretq_s8_s32(b);
+    switch (i) {
+    case 0: return vdotq_laneq_s32(sum, y, x, 0);
+    case 1: return vdotq_laneq_s32(sum, y, x, 1);
+    case 2: return vdotq_laneq_s32(sum, y, x, 2);
+    default: return vdotq_laneq_s32(sum, y, x, 3);
+    }
+#else
+    return dot4(sum, iset(a[i]), b);
+#endif
+}
 #include "kernel_simd.h"
 
 #ifdef DOTPROD

@@ -5,6 +5,21 @@
 #define STRIP (2 * WIDTH)
 #include "kernel_plain.h"
 
+static int32_t bits(float x) {
+    union {
+        float f;
+        int32_t i;
+    } u = {x};
+    return u.i;
+}
+
+/* Nearest integer of |x| < 2^22, without libc. */
+static int32_t nearest(float x) { return bits(x + ROUND) - bits(ROUND); }
+
+static int32_t word(int a, int b, int c, int d) {
+    return (int32_t)((uint32_t)(a & 255) | (uint32_t)(b & 255) << 8 | (uint32_t)(c & 255) << 16 | (uint32_t)d << 24);
+}
+
 /* 2^x for x <= 8; below -126 it stays at 2^-126. NaN stays NaN. */
 static float exp2_of(float x) {
     union {
@@ -96,6 +111,14 @@ static void pack_k(const float *k, ptrdiff_t row, int keys, int dim, const float
     *k_scale = peak / 127;
     for (int r = 0; r < keys; r++)
         for (int d = 0; d < dim; d++) k8[r * dim + d] = (int8_t)nearest((k[r * row + d] - mean[d]) * (127 / peak));
+}
+
+static void pack_v(const float *v, ptrdiff_t row, int keys, int dim, const float *scale, int8_t *v8, int32_t *v_sum) {
+    for (int d = 0; d < dim; d++) {
+        v_sum[d] = 0; /* needed only by sets that shift the bytes of P */
+        for (int r = 0; r < (keys + 3) / 4 * 4; r++)
+            v8[(r / 4 * dim + d) * 4 + r % 4] = (int8_t)(r < keys ? nearest(v[r * row + d] * (1 / scale[d])) : 0);
+    }
 }
 
 static int8_t byte(int32_t w, int i) { return (int8_t)((uint32_t)w >> 8 * i); }

@@ -5,7 +5,7 @@ included, one thread, process CPU time, interleaved, medians. `python tools/benc
 Sparse rows are `fused` (scoring and attention) with one theta for all heads, bisected to the kept fraction.
 """
 
-# This file's name is also that of a standard module: the script's folder must leave the path before anything is imported.
+# A standard module has this file's name: the script's folder must leave the path before anything is imported.
 import os
 import sys
 
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple  # noqa: E402
 
 import numpy as np  # noqa: E402
 import onnx  # noqa: E402
-import onnxruntime  # noqa: E402
+import onnxruntime  # type: ignore[import-untyped]  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -33,7 +33,7 @@ from edgeformer.attention.reference import Config, Scorer  # noqa: E402
 
 HEADS, RANK, KEPT = 12, 32, (0.5, 0.25, 0.125)
 # Least speedup over ORT, dense and kept .25, and most scoring cost in percent of ORT; per (dim, N).
-GOALS = {
+GOALS: dict[tuple[str, int], dict[int, float]] = {
     ("f32 dense", 64): {512: 1.0, 2048: 1.05, 3584: 1.05},
     ("f32 dense", 32): {512: 1.0, 2048: 1.05, 3584: 1.05},
     ("f32 0.25", 64): {512: 2.9, 2048: 3.5, 3584: 4.0},
@@ -55,7 +55,7 @@ class Entry(NamedTuple):
 def ort_attention(q: Any, k: Any, v: Any) -> Callable[[], Any]:
     """MultiHeadAttention wants [B, N, H * D] and transposes by itself; that is part of what it costs."""
     batch, heads, n, dim = q.shape
-    value = lambda name: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [batch, n, heads * dim])  # noqa: E731
+    value: Any = lambda name: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [batch, n, heads * dim])  # noqa: E731
     node = onnx.helper.make_node("MultiHeadAttention", ["q", "k", "v"], ["o"], domain="com.microsoft", num_heads=heads)
     graph = onnx.helper.make_graph([node], "attention", [value(x) for x in "qkv"], [value("o")])
     opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("com.microsoft", 1)]
@@ -63,7 +63,10 @@ def ort_attention(q: Any, k: Any, v: Any) -> Callable[[], Any]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    packed = {x: np.ascontiguousarray(t.swapaxes(1, 2)).reshape(batch, n, heads * dim) for x, t in zip("qkv", (q, k, v))}
+    packed = {
+        x: np.ascontiguousarray(t.swapaxes(1, 2)).reshape(batch, n, heads * dim)
+        for x, t in zip("qkv", (q, k, v), strict=True)
+    }
     return lambda: session.run(None, packed)
 
 
@@ -74,7 +77,19 @@ def peak() -> tuple[Callable[[], Any], int]:
         made = f"{folder}/peak.so"
         flags = native.kernel_sets(goal.arch)[best]
         source = str(Path(__file__).parent / "peak.c")
-        native.zig("-target", goal.triple, "-O3", "-ffp-contract=fast", "-fno-sanitize=all", *flags, "-shared", "-fPIC", source, "-o", made)
+        native.zig(
+            "-target",
+            goal.triple,
+            "-O3",
+            "-ffp-contract=fast",
+            "-fno-sanitize=all",
+            *flags,
+            "-shared",
+            "-fPIC",
+            source,
+            "-o",
+            made,
+        )
         lib = ctypes.CDLL(made)
     lib.peak.restype = ctypes.c_float
     steps = 1_000_000
@@ -93,21 +108,33 @@ def theta_for(kept: float, c: Config, q: Any, k: Any, s: Scorer) -> tuple[Scorer
 
 def entries(n: int, dim: int, sets: list[str]) -> list[Entry]:
     rng = np.random.default_rng(n + dim)
-    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+
+    def normal(*shape: int) -> Any:
+        return rng.standard_normal(shape, np.float32)
+
     q, k, v, out = *(normal(1, HEADS, n, dim) for _ in range(3)), np.empty((1, HEADS, n, dim), np.float32)
-    w = [normal(HEADS, dim, RANK) * dim**-0.25 for _ in range(2)]
-    s = Scorer(*w, normal(HEADS, 65) / 2, normal(HEADS, 1), np.zeros(HEADS, np.float32))
+    wq, wk = (normal(HEADS, dim, RANK) * dim**-0.25 for _ in range(2))
+    s = Scorer(wq, wk, normal(HEADS, 65) / 2, normal(HEADS, 1), np.zeros(HEADS, np.float32))
     c, tensors = Config(), (kernel.tensor(q), kernel.tensor(k), kernel.tensor(v))
     made = [Entry(None, "ort", 1.0, ort_attention(q, k, v))]
     lists, none, to = kernel.empty_lists(c, q, k), kernel.lengths(None, None), kernel.output(out)
     half, _ = theta_for(0.5, c, q, k, s)
-    score = kernel.prepare("dsa_select", kernel.config(c, q, k, s), (*tensors[:2], kernel.scorer(half), none), kernel.addresses(lists))
+    score = kernel.prepare(
+        "dsa_select", kernel.config(c, q, k, s), (*tensors[:2], kernel.scorer(half), none), kernel.addresses(lists)
+    )
     thetas = {kept: theta_for(kept, c, q, k, s) for kept in KEPT}
     for name in sets:
         made.append(Entry(name, "score", 0.0, score))
         for compute, precision in ((kernel.F32, "f32"), (kernel.I8, "i8")):
             dense = kernel.config(c, q, k, compute=compute)
-            made.append(Entry(name, f"{precision} dense", 1.0, kernel.prepare("dsa_attend", dense, (*tensors, None, None, none), to)))
+            made.append(
+                Entry(
+                    name,
+                    f"{precision} dense",
+                    1.0,
+                    kernel.prepare("dsa_attend", dense, (*tensors, None, None, none), to),
+                )
+            )
             for kept, (scorer, got) in thetas.items():
                 sparse = kernel.config(replace(c, rule=0), q, k, s, compute)
                 run = kernel.prepare("dsa_fused", sparse, (*tensors, kernel.scorer(scorer), none), (*to, None))
@@ -148,9 +175,29 @@ def report(n: int, dim: int, sets: list[str], seconds: float, console: Console) 
         speed, rate = base / middle, work * e.kept / middle / 1e9
         goal = GOALS.get((e.name, dim), {}).get(n) if e.kernels == sets[0] else None
         verdict = "" if goal is None else f"{'met' if speed >= goal else 'MISSED'} ({goal})"
-        cells = (f"{e.kept:.2f}", f"{middle * 1e3:.3f}", f"{np.quantile(taken, 0.9) * 1e3:.3f}", f"{rate:.0f}", f"{rate / ceiling:.0%}")
+        cells = (
+            f"{e.kept:.2f}",
+            f"{middle * 1e3:.3f}",
+            f"{np.quantile(taken, 0.9) * 1e3:.3f}",
+            f"{rate:.0f}",
+            f"{rate / ceiling:.0%}",
+        )
         table.add_row(e.kernels or "onnxruntime", e.name, *cells, f"{speed:.2f}", verdict)
-        found.append({"n": n, "dim": dim, "kernels": e.kernels, "what": e.name, "kept": e.kept, "ms": middle * 1e3, "times_ort": speed, "gflops": rate, "peak_gflops": ceiling, "rounds": len(taken), "goal": goal})
+        found.append(
+            {
+                "n": n,
+                "dim": dim,
+                "kernels": e.kernels,
+                "what": e.name,
+                "kept": e.kept,
+                "ms": middle * 1e3,
+                "times_ort": speed,
+                "gflops": rate,
+                "peak_gflops": ceiling,
+                "rounds": len(taken),
+                "goal": goal,
+            }
+        )
     console.print(table)
     return found
 
@@ -166,7 +213,11 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     known = list(native.kernel_sets(native.TARGETS[native.host()].arch))
-    sets = given.sets or ([kernel.kernels()] if given.quick else [x for x in known if x != "scalar" and kernel.library().dsa_limit(x.encode())])
+    sets = given.sets or (
+        [kernel.kernels()]
+        if given.quick
+        else [x for x in known if x != "scalar" and kernel.library().dsa_limit(x.encode())]
+    )
     kernel.library().dsa_limit(None)
     console, found = Console(width=110), []
     for n in given.n or ([512, 2048] if given.quick else [128, 512, 2048, 3584]):
