@@ -160,7 +160,9 @@ def _target(name: str | None) -> tuple[str, Target]:
 
 
 def _digest(goal: Target, *more: Path) -> str:
-    digest = hashlib.sha256(repr((goal, FLAGS, BINDING_FLAGS, [(p.name, f) for p, f in units(goal)], _zig_version())).encode())
+    digest = hashlib.sha256(
+        repr((goal, FLAGS, BINDING_FLAGS, [(p.name, f) for p, f in units(goal)], _zig_version())).encode()
+    )
     for path in (*sorted((sources() / "dsa").iterdir()), *more):
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:24]
