@@ -14,7 +14,7 @@ import numpy as np
 
 from edgeformer_agent import cases, wire
 
-from . import device as devices, formats as registry, predict, signing
+from . import device as devices, formats as registry, native, predict, signing
 from .bundle import AGENT, Bundle, agent_zip, open_bundle, write
 from .errors import BadInput, BundleRefused, FormatNotYet, UnknownFormat
 
@@ -110,6 +110,7 @@ class _Built:
     program: Program
     entry: wire.Entry
     outputs: tuple[np.ndarray, ...]
+    libraries: dict[str, Path]
 
 
 def _chosen(device: devices.Device, wanted: Sequence[str] | None) -> tuple[str, ...]:
@@ -163,6 +164,7 @@ def _checked(
 
     _fits(program, device)
     path = f"programs/{program.name}/{program.entry}"
+    libraries = _libraries(program, device)
     blank = wire.Fidelity("", 0, 0, 0, 0)
     entry = wire.Entry(
         name=program.name,
@@ -179,6 +181,7 @@ def _checked(
         predicted=wire.Prediction(device.name, 1, wire.Metrics(), 1, 1, ""),
         checked=blank,
         golden_similarity=GOLDEN_SIMILARITY[program.precision],
+        libraries={machine: f"native/{machine}/{path.name}" for machine, path in libraries.items()},
     )
     total = len(rows.rows)
     outputs = check.run(program, entry, rows.rows, lambda n: report(f"check {program.name}", n, total))
@@ -186,7 +189,15 @@ def _checked(
     check.hold(program.name, found, limit)
     tokens = [cases.length(row) for row in rows.rows]
     predicted = predict.predict(program.work, program.lengths, tokens, device, accuracy=found.value)
-    return _Built(program, entry._replace(checked=found, predicted=predicted), outputs)
+    return _Built(program, entry._replace(checked=found, predicted=predicted), outputs, libraries)
+
+
+def _libraries(program: Program, device: devices.Device) -> dict[str, Path]:
+    """Machine -> the operator compiled for it. Without glibc the app's own tool chain links the operator."""
+    if not program.sparse or not device.glibc:
+        return {}
+    machine = native.host() if device.name == "host" else f"linux-{device.arch}"
+    return {machine: native.binding(program.format, machine)}
 
 
 def _fits(program: Program, device: devices.Device) -> None:
@@ -240,6 +251,7 @@ def _contents(
     contents: dict[str, bytes | Path] = dict(model.files or {})
     for b in built:
         contents |= {f"programs/{b.program.name}/{name}": data for name, data in b.program.files.items()}
+        contents |= {b.entry.libraries[machine]: path for machine, path in b.libraries.items()}
     picked = _golden(rows)
     golden = cases.Cases(
         tuple(rows.rows[i] for i in picked), {b.entry.name: tuple(b.outputs[i] for i in picked) for b in built}, None

@@ -5,6 +5,7 @@
     - GateFailed                          parity, accuracy or comparison beyond its limit
     - BundleRefused                       a file differs, is extra or missing, or the signature does not match
     - ExportError                         a model the format cannot express
+    - BuildError                          a native source that did not compile
   x WrongUse                           2  the call must change
     - UnknownTarget, UnknownFormat        with the nearest known names
     - FormatNotYet                        declared in the profile, not built by this version
@@ -46,6 +47,10 @@ class BundleRefused(CheckFailed):
 
 class ExportError(CheckFailed):
     """A format could not express the model. The message names the format and the first operator that failed."""
+
+
+class BuildError(CheckFailed):
+    """A native source did not compile. Carries the file, the target and the compiler's last words."""
 
 
 class WrongUse(EdgeformerError):

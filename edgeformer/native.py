@@ -38,8 +38,10 @@ TARGETS = {
     "android-aarch64": Target("aarch64-linux-android", "aarch64", False),
     "ios-aarch64": Target("aarch64-ios", "aarch64", False),
 }
-FLAGS = "-std=c11 -O3 -fPIC -Wall -Wextra -Werror -fvisibility=hidden -fno-sanitize=all".split()
+FLAGS = ["-std=c11", "-O3", "-fPIC", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-fno-sanitize=all"]
 CORE = ("dsa", "dispatch", "cpu")
+# A binding uses no C++ library: the runtime that loads it may carry another one.
+BINDING_FLAGS = [f for f in FLAGS if f != "-std=c11"] + ["-std=c++17", "-fno-exceptions", "-fno-rtti"]
 
 
 def host() -> str:
@@ -89,6 +91,36 @@ def library(target: str | None = None) -> Path:
     return done / "libdsa.so" if goal.shared else done
 
 
+def binding(format: str, target: str | None = None) -> Path:
+    """The operator inside the runtime of one format, e.g. "onnx": a library that the device's runner registers."""
+    name, goal = _target(target)
+    source = sources() / "bindings" / f"{format}.cc"
+    if not source.is_file():
+        raise BuildError(f"no binding {format!r}; there are {', '.join(bindings())}")
+    if not goal.shared:
+        raise BuildError(f"{name} gets object files only (zig has no headers for it); its app links {format} itself")
+    done = cache() / f"{name}-{format}-{_digest(goal, source, source.with_name('binding.h'))}"
+    if not done.exists():
+        with whole_or_nothing(done) as work:
+            shared = ["-target", goal.triple, "-shared", "-s", "-Wl,-Bsymbolic", "-o", str(work / binding_name(format))]
+            unit = ["-target", goal.triple, *BINDING_FLAGS, f"-I{sources() / 'dsa'}", "-c", str(source)]
+            objects = _compile(goal, work, [])
+            zig(*unit, "-o", str(work / f"{format}.o"))
+            zig(*shared, str(work / f"{format}.o"), *objects, "-lpthread")
+            for path in work.glob("*.o"):
+                path.unlink()
+    return done / binding_name(format)
+
+
+def bindings() -> list[str]:
+    """Formats that have a binding built here."""
+    return sorted(path.stem for path in (sources() / "bindings").glob("*.cc"))
+
+
+def binding_name(format: str) -> str:
+    return f"libedgeformer_{format}.so"
+
+
 def program(source: Path, target: str | None = None) -> Path:
     """A C program with the operator inside. Linked statically (musl), so that it runs under qemu without a root."""
     name, goal = _target(target)
@@ -97,7 +129,16 @@ def program(source: Path, target: str | None = None) -> Path:
     if not done.exists():
         with whole_or_nothing(done) as work:
             output = ["-static", "-o", str(work / source.stem)]
-            zig("-target", goal.triple, *FLAGS, f"-I{sources() / 'dsa'}", str(source), *_compile(goal, work, []), *output, "-lm")
+            zig(
+                "-target",
+                goal.triple,
+                *FLAGS,
+                f"-I{sources() / 'dsa'}",
+                str(source),
+                *_compile(goal, work, []),
+                *output,
+                "-lm",
+            )
     return done / source.stem
 
 
@@ -107,7 +148,7 @@ def zig(*args: str) -> None:
     env = dict(os.environ, ZIG_GLOBAL_CACHE_DIR=own, ZIG_LOCAL_CACHE_DIR=own)
     run = subprocess.run([sys.executable, "-m", "ziglang", "cc", *args], capture_output=True, text=True, env=env)
     if run.returncode:
-        inputs = [Path(a).name for a in args if a.endswith((".c", ".o"))]
+        inputs = [Path(a).name for a in args if a.endswith((".c", ".cc", ".o"))]
         raise BuildError(f"zig cc failed on {', '.join(inputs[:3])} for {args[1]}:\n{run.stderr.strip()[-2000:]}")
 
 
@@ -119,7 +160,9 @@ def _target(name: str | None) -> tuple[str, Target]:
 
 
 def _digest(goal: Target, *more: Path) -> str:
-    digest = hashlib.sha256(repr((goal, FLAGS, [(p.name, f) for p, f in units(goal)], _zig_version())).encode())
+    digest = hashlib.sha256(
+        repr((goal, FLAGS, BINDING_FLAGS, [(p.name, f) for p, f in units(goal)], _zig_version())).encode()
+    )
     for path in (*sorted((sources() / "dsa").iterdir()), *more):
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:24]

@@ -21,6 +21,7 @@ class Program:
     runtime: wire.Runtime
     needs: wire.Needs
     work: tuple[wire.Work, ...]  # at several lengths, ascending
+    sparse: bool = False  # some layers are the DSA operator, which `native.binding` computes faster
 
     @property
     def name(self) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from . import cases, power, runners, score, system, timing, wire
+from . import cases, native, power, runners, score, system, timing, wire
 
 GOLDEN_FAILED = "self_check_failed"
 Run = Callable[[cases.Row], Any]
@@ -34,8 +34,13 @@ class Unavailable(Exception):
 def measure(folder, manifest, entry, options):
     # type: (str, wire.Manifest, wire.Entry, Options) -> wire.Result
     """`folder` is verified already. Raises Unavailable where the runtime is missing or of another version."""
+    library = native.find(folder, entry)
+    distrust = native.trial(folder, entry, options.threads, library) if library else None
+    if library and distrust:
+        print("{}: running without {}: {}".format(entry.name, os.path.basename(library), distrust))
+        library = None
     held_mb = system.rss_mb()
-    run, version, times = _open(folder, entry, options.threads)
+    run, version, times = _open(folder, entry, options.threads, library)
     golden, first_ms = _golden(folder, manifest, entry, run)
     result = wire.Result(
         program=entry.name,
@@ -53,13 +58,16 @@ def measure(folder, manifest, entry, options):
         fidelity=None,
         before=system.snapshot(options.root),
         after={},
-        flags=() if golden.passed else (GOLDEN_FAILED,),
+        flags=(() if golden.passed else (GOLDEN_FAILED,)) + ((native.FALLBACK,) if distrust else ()),
     )
-    return _steady(folder, manifest, run, options, result, held_mb) if golden.passed else result
+    if not golden.passed:
+        return result
+    journal = native.Journal(library) if library else None
+    return _steady(folder, manifest, run, options, result, held_mb, journal)
 
 
-def _open(folder, entry, threads):
-    # type: (str, wire.Entry, int) -> Tuple[Run, str, Tuple[float, float]]
+def _open(folder, entry, threads, library):
+    # type: (str, wire.Entry, int, Optional[str]) -> Tuple[Run, str, Tuple[float, float]]
     """The program, its runtime's version, and the ms that importing and loading took."""
     start = time.perf_counter()
     try:
@@ -78,7 +86,7 @@ def _open(folder, entry, threads):
             )
         )
     imported = time.perf_counter()
-    run = runner.load(os.path.join(folder, entry.path), entry, threads)
+    run = runner.load(os.path.join(folder, entry.path), entry, threads, library)
     return run, version, (1e3 * (imported - start), 1e3 * (time.perf_counter() - imported))
 
 
@@ -105,8 +113,8 @@ def _golden(folder, manifest, entry, run):
     return wire.Golden(len(wanted), worst, entry.golden_similarity, worst >= entry.golden_similarity), first_ms
 
 
-def _steady(folder, manifest, run, options, result, held_mb):
-    # type: (str, wire.Manifest, Run, Options, wire.Result, float) -> wire.Result
+def _steady(folder, manifest, run, options, result, held_mb, journal):
+    # type: (str, wire.Manifest, Run, Options, wire.Result, float, Optional[native.Journal]) -> wire.Result
     stored = cases.load(os.path.join(folder, manifest.cases.evaluation))
     picked = _picked(len(stored.rows), options.rows, manifest.task.paired)
     rows = [stored.rows[i] for i in picked]
@@ -122,14 +130,16 @@ def _steady(folder, manifest, run, options, result, held_mb):
     memory = system.memory(held_mb)
     energy, doubts = _energy(step, lengths, options)
     partial = ("evaluation_partial",) if len(rows) < len(stored.rows) else ()
+    fidelity = _fidelity(manifest.task, journal.watch(run) if journal else run, stored, picked)
     return result._replace(
         latency=latency,
         memory=memory,
         energy=energy,
-        fidelity=_fidelity(manifest.task, run, stored, picked),
+        fidelity=fidelity,
         before=before,
         after=after,
-        flags=flags + system.flags(before, after) + doubts + partial,
+        flags=result.flags + flags + system.flags(before, after) + doubts + partial,
+        native=journal.native() if journal else None,
     )
 
 

@@ -107,6 +107,8 @@ class Entry(NamedTuple):
     predicted: Prediction
     checked: Fidelity
     golden_similarity: float  # the self-check's floor against this program's own output on the build machine
+    # Machine ("linux-aarch64") -> file with our operator, which makes the program faster and never different.
+    libraries: Dict[str, str] = {}  # noqa: RUF012 (never changed)
 
 
 class Task(NamedTuple):
@@ -223,6 +225,14 @@ class Golden(NamedTuple):
     passed: bool
 
 
+class Native(NamedTuple):
+    """What our own operator library did in one inference."""
+
+    calls_per_run: int  # one for each layer with sparse attention
+    kernel_set: str  # the inner loops in use, e.g. "neon"
+    kept: Tuple[float, ...]  # share of the candidate blocks that were kept, a layer
+
+
 class Result(NamedTuple):
     """What one program did on the device."""
 
@@ -242,6 +252,7 @@ class Result(NamedTuple):
     before: Dict[str, Any]  # clocks, temperatures, governor, throttling
     after: Dict[str, Any]
     flags: Tuple[str, ...]
+    native: Optional[Native] = None  # None where no library of ours ran
 
     def metrics(self):
         # type: () -> Metrics

@@ -1,4 +1,9 @@
-"""LiteRT (TFLite) for the ai-edge-litert interpreter: one file, a signature a length, one copy of the weights."""
+"""
+LiteRT (TFLite) for the ai-edge-litert interpreter: one file, a signature a length, one copy of the weights.
+
+Sparse attention becomes a STABLEHLO_COMPOSITE "edgeformer.dsa", which our delegate takes and any other interpreter
+computes by its decomposition (see `attention.composite`).
+"""
 
 from __future__ import annotations
 
@@ -11,11 +16,15 @@ from typing import Any
 import flatbuffers
 import litert_torch
 import numpy as np
+import torch
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_quantizer import quantizer, recipe
+from litert_torch import fx_infra
+from litert_torch.backend.composite.stablehlo_composite_builder import StableHLOCompositeBuilder
 
 from edgeformer_agent import wire
 
+from ..attention import composite
 from ..device import Device
 from ..errors import ExportError
 from ..model import Model
@@ -24,6 +33,8 @@ from ..program import Program
 RUNTIME = wire.Runtime("ai-edge-litert", "2.0", "3")
 GLIBC = "2.34"  # read from the library's symbols; the wheel's tag claims 2.27
 ALIGNMENT = 16  # of every weight in the file, as the interpreter maps it
+COMPOSITE, COMPOSITE_VERSION = "edgeformer.dsa", 1
+_RULES = ("rule", "min_blocks", "max_blocks")
 
 
 def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[Program]:
@@ -44,12 +55,14 @@ def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[
             runtime=RUNTIME,
             needs=wire.Needs(glibc=GLIBC if device.glibc else None),
             work=_work(packed),
+            sparse=COMPOSITE.encode() in packed,
         )
 
 
 def _fp32(model: Model) -> bytes:
-    # The DSA operator is written here, as the composite "edgeformer.dsa" inside the module.
     converter: Any = litert_torch
+    if hasattr(torch.ops.edgeformer, "dsa"):  # the operator exists once a pass has put it into a model
+        fx_infra.decomp.add_pre_convert_decomp(torch.ops.edgeformer.dsa.default, _composite)
     try:
         for length in model.lengths or (0,):
             converter = converter.signature(f"length_{length}", model.module, model.example(length))
@@ -60,6 +73,24 @@ def _fp32(model: Model) -> bytes:
             return path.read_bytes()
     except Exception as error:
         raise ExportError(f"litert: {model.name} does not convert: {type(error).__name__}: {error}") from error
+
+
+def _composite(q: Any, k: Any, v: Any, *rest: Any, compute: int = 0, **config: Any) -> Any:
+    """The torch operator as a composite. Lengths are always operands, and the attributes are the schema's."""
+    if reason := composite.inexpressible(**{name: config[name] for name in _RULES if name in config}):
+        raise ValueError(reason)
+    wq, wk, dist_bias, sink_bias, theta, q_len, kv_len = (*rest, None, None)[:7]
+    q_len, kv_len = (
+        torch.full(x.shape[:1], x.shape[2], dtype=torch.int32) if given is None else given
+        for x, given in ((q, q_len), (k, kv_len))
+    )
+    if not sink_bias.shape[1]:  # no tensor without elements in TFLite
+        sink_bias = torch.zeros(q.shape[1], 1)
+    config = {name: value for name, value in config.items() if name not in ("rule", "max_blocks")}
+    attributes = {"version": COMPOSITE_VERSION, "compute": compute, **config}
+    builder = StableHLOCompositeBuilder(COMPOSITE, attr=attributes)
+    marked = builder.mark_inputs(q, k, v, wq, wk, dist_bias, sink_bias, theta, q_len, kv_len)
+    return builder.mark_outputs(composite.dsa(*marked, **config))
 
 
 def _int8(data: bytes) -> bytes:
@@ -156,6 +187,11 @@ def _graph_work(model: Any, graph: Any, length: int) -> wire.Work:
     weight_bytes = activation_bytes = 0.0
     for operator in graph.operators:
         code = model.operatorCodes[operator.opcodeIndex]
+        if _is_composite(operator):  # as if dense: how much is kept depends on the input
+            q, k = (graph.tensors[i].shape for i in operator.inputs[:2])
+            work[False] += 4.0 * prod(q) * int(k[2])
+            activation_bytes += 4.0 * (2 * prod(q) + 2 * prod(k))
+            continue
         if max(code.builtinCode, code.deprecatedBuiltinCode) not in products:
             continue
         left, right, out = (graph.tensors[i] for i in (*operator.inputs[:2], operator.outputs[0]))
@@ -165,6 +201,10 @@ def _graph_work(model: Any, graph: Any, length: int) -> wire.Work:
         weight_bytes += prod(right.shape) * (1 if int8 else 4) * constant
         activation_bytes += 4.0 * (prod(left.shape) + prod(out.shape) + prod(right.shape) * (not constant))
     return wire.Work(length, *map(float, (work[False], work[True], weight_bytes, activation_bytes)))
+
+
+def _is_composite(operator: Any) -> bool:
+    return getattr(operator.builtinOptions2, "name", None) == COMPOSITE.encode()
 
 
 def _depth(code: Any, operator: Any, left: Any, right: Any) -> int:

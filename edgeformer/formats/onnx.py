@@ -1,4 +1,9 @@
-"""ONNX for ONNX Runtime: dynamic batch and sequence, standard operators, opset 20."""
+"""
+ONNX for ONNX Runtime: dynamic batch and sequence, standard operators, opset 20.
+
+A model with sparse attention has DSA nodes and the function that says what they mean in standard operators: the file
+runs with or without our library (see `attention.onnx_function`).
+"""
 
 from __future__ import annotations
 
@@ -16,21 +21,19 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from edgeformer_agent import wire
 
+from ..attention import onnx_function
 from ..device import Device
 from ..errors import ExportError
 from ..model import Model
 from ..program import Program
 
-OPSET = 20  # the first with Gelu as one operator; ONNX Runtime >= 1.17 opens it
+OPSET = onnx_function.OPSET  # 20: the first with Gelu as one operator; ONNX Runtime >= 1.17 opens it
 IR_VERSION = 9  # the exporter's newer one would shut out ONNX Runtime 1.17
 RUNTIME = wire.Runtime("onnxruntime", "1.17", "2")
 GLIBC = "2.28"  # read from the library's symbols
 QUANTIZED = ["MatMul", "Gemm", "Gather"]  # Gather: the embedding tables, half of a small encoder
-PRODUCTS = ("MatMul", "Gemm", "MatMulInteger", "Conv", "ConvInteger")
+PRODUCTS = ("MatMul", "Gemm", "MatMulInteger", "Conv", "ConvInteger", onnx_function.NAME)
 DTYPES = {"tensor(int32)": np.int32, "tensor(int64)": np.int64, "tensor(float)": np.float32}
-
-# torch operator -> function that writes the ONNX nodes. The DSA operator's entry belongs here.
-TRANSLATIONS: dict[Any, Callable[..., Any]] = {}
 
 
 def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[Program]:
@@ -48,6 +51,7 @@ def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[
             runtime=RUNTIME,
             needs=wire.Needs(glibc=GLIBC if device.glibc else None),
             work=_work(proto, (1, *model.lengths) if model.lengths else (0,)),
+            sparse=onnx_function.present(proto),
         )
 
 
@@ -66,7 +70,7 @@ def _fp32(model: Model) -> onnx.ModelProto:
                 opset_version=OPSET,
                 input_names=[x.name for x in model.inputs],
                 output_names=[model.output.name],
-                custom_translation_table=TRANSLATIONS,
+                custom_translation_table=_translations(),
                 verbose=False,
             )
     except Exception as error:
@@ -75,7 +79,14 @@ def _fp32(model: Model) -> onnx.ModelProto:
         raise ExportError(f"onnx: {model.name}: the exporter returned nothing")
     proto = exported.model_proto
     _strip(proto)
+    onnx_function.attach(proto)
     return proto
+
+
+def _translations() -> dict[Any, Callable[..., Any]]:
+    """torch operator -> what writes its ONNX node. The operator exists once a pass has put it into a model."""
+    known = hasattr(torch.ops.edgeformer, "dsa")
+    return {torch.ops.edgeformer.dsa.default: onnx_function.node} if known else {}
 
 
 def _strip(proto: onnx.ModelProto) -> None:
@@ -92,7 +103,7 @@ def _strip(proto: onnx.ModelProto) -> None:
 
 
 def _int8(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Dynamic range, per output channel."""
+    """Dynamic range, per output channel. DSA nodes and their function stay as they are."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "int8.onnx"
         quantize_dynamic(proto, path, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=QUANTIZED)
@@ -133,6 +144,10 @@ def _work_at(session: Any, products: list[Any], weights: dict[str, Any], length:
     weight_bytes = activation_bytes = 0.0
     for node in products:
         left, right, out = (shapes[name] for name in (*node.input[:2], node.output[0]))
+        if node.op_type == onnx_function.NAME:  # as if dense: how much is kept depends on the input
+            work[False] += 4.0 * prod(left) * right[2]
+            activation_bytes += 4.0 * (2 * prod(left) + 2 * prod(right))
+            continue
         depth = prod(right[1:]) if node.op_type.startswith("Conv") else prod(left) // prod(out[:-1])
         work["Integer" in node.op_type] += 2.0 * prod(out) * depth
         stored = weights.get(node.input[1])

@@ -83,8 +83,9 @@ typedef struct {
     float *k_scale;        /* i8: [batch][kv_heads][nK] */
     int8_t *k8, *v8;       /* i8: [batch][kv_heads][nK][block_k * dim] each */
     int32_t *v_sum;         /* i8: [batch][kv_heads][nK][dim] */
+    float *k_copy, *v_copy; /* f32, optional: [batch][kv_heads][nK * block_k][dim] */
     char *thread;          /* [threads][thread_bytes] */
-    size_t thread_bytes;
+    size_t thread_bytes, needed; /* bytes of one thread; of all but the copies */
 } memory;
 
 /* Per thread, selecting: the projected key blocks of every head that shares a list, and one row. */
@@ -148,14 +149,23 @@ static memory layout(arena *a, const dsa_config *c, int32_t threads) {
     attend_layout(&other, c);
     m.thread_bytes = one.used > other.used ? one.used : other.used;
     m.thread = take(a, (size_t)threads * m.thread_bytes);
+    m.needed = a->used;
+    m.k_copy = take(a, (1 - i8) * 4 * kv * n * bk * dim);
+    m.v_copy = take(a, (1 - i8) * 4 * kv * n * bk * dim);
     return m;
 }
 
 size_t dsa_workspace(const dsa_config *c, int32_t threads) {
     arena a = {NULL, 0};
     if (dsa_why(c)) return 0;
+    return layout(&a, c, largest(threads, 1)).needed + 64; /* the caller's pointer may have any alignment */
+}
+
+size_t dsa_workspace_strided(const dsa_config *c, int32_t threads) {
+    arena a = {NULL, 0};
+    if (dsa_why(c)) return 0;
     layout(&a, c, largest(threads, 1));
-    return a.used + 64; /* the caller's pointer may have any alignment */
+    return a.used + 64;
 }
 
 /* ---- One call: everything a task needs. */
@@ -192,6 +202,7 @@ static dsa_status begin(call *a, const dsa_config *c, void *work, size_t bytes, 
     a->c = c;
     a->set = dsa_best();
     a->m = layout(&place, c, threads);
+    if (c->compute != DSA_F32 || bytes < dsa_workspace_strided(c, threads)) a->m.k_copy = a->m.v_copy = NULL;
     return DSA_OK;
 }
 
@@ -266,11 +277,10 @@ static float exp_of(float x) {
     return (1.0f + p * f) * two_n.f;
 }
 
-/* mass[n] += softmax(z[n]); a row of -inf has no mass. */
+/* mass[n] += softmax(z[n]); a row of -inf has no mass. NaN counts as -inf: it fails every comparison on the way. */
 static void add_mass(float *z, int32_t n, float *mass) {
     float top = NONE, total = 0;
     for (int32_t j = 0; j < n; j++) {
-        if (z[j] != z[j]) z[j] = NONE;
         if (z[j] > MOST) z[j] = MOST;
         if (z[j] > top) top = z[j];
     }
@@ -282,13 +292,13 @@ static void add_mass(float *z, int32_t n, float *mass) {
 
 static void score(const dsa_config *c, const dsa_scorer *s, int32_t h, const float *zq, const float *zk, int32_t at,
                   int32_t n, float *z) {
-    const float *dist = s->dist_bias + (size_t)h * (size_t)(2 * c->dist + 1), *sink = s->sink_bias + (size_t)h * (size_t)c->sinks;
+    const float *dist = s->dist_bias + (size_t)h * (size_t)(2 * c->dist + 1);
     size_t stride = (size_t)k_blocks(c);
     for (int32_t j = 0; j < n; j++) z[j] = 0;
     for (int32_t x = 0; x < c->rank; x++)
         for (int32_t j = 0; j < n; j++) z[j] += zq[x] * zk[(size_t)x * stride + (size_t)j];
     for (int32_t j = 0; j < n; j++) z[j] += dist[largest(-c->dist, least(j - at, c->dist)) + c->dist];
-    for (int32_t j = 0; j < least(n, c->sinks); j++) z[j] += sink[j];
+    for (int32_t j = 0; j < least(n, c->sinks); j++) z[j] += s->sink_bias[(size_t)h * (size_t)c->sinks + (size_t)j];
 }
 
 /* One row to decide: n candidates, blocks below sinks and from near to far are forced. */
@@ -386,7 +396,8 @@ static row row_of(const dsa_config *c, int32_t i, int32_t rows, int32_t n, const
 }
 
 /* mass[n]: this query block's probability over key blocks, averaged over the heads that share the list. */
-static void mass_of(const call *a, const select_scratch *s, int32_t b, int32_t list, int32_t i, int32_t rows, int32_t n) {
+static void mass_of(const call *a, const select_scratch *s, int32_t b, int32_t list, int32_t i, int32_t rows,
+                    int32_t n) {
     const dsa_config *c = a->c;
     int32_t shared = c->q_heads / list_heads(c), at = (c->q_offset + i * c->block_q) / c->block_k;
     for (int32_t j = 0; j < n; j++) s->mass[j] = 0;
@@ -593,7 +604,36 @@ static void attend_block(void *arg, int32_t at, int32_t thread) {
     zero_rows(out, a->out_strides[2], rows, full, c->dim);
 }
 
-static void attend_all(const call *a, const dsa_parallel *p) {
+static void copy_rows(const float *from, ptrdiff_t row, int32_t rows, int32_t dim, float *to) {
+    for (int32_t r = 0; r < rows; r++)
+        for (int32_t d = 0; d < dim; d++) to[r * dim + d] = from[r * row + d];
+}
+
+static void copy_block(void *arg, int32_t i, int32_t thread) {
+    const call *a = arg;
+    const dsa_config *c = a->c;
+    int32_t n = k_blocks(c), kv = i / n, b = kv / c->kv_heads, g = kv % c->kv_heads, from = i % n * c->block_k;
+    int32_t rows = least(c->block_k, k_valid(a, b) - from);
+    size_t to = (size_t)i * (size_t)c->block_k * (size_t)c->dim;
+    (void)thread;
+    copy_rows(head_of(a->k, b, g) + from * a->k.row, a->k.row, rows, c->dim, a->m.k_copy + to);
+    copy_rows(head_of(a->v, b, g) + from * a->v.row, a->v.row, rows, c->dim, a->m.v_copy + to);
+}
+
+/* Rows far apart cost pages and cache sets on every visit; a block is visited by many query blocks. */
+static call with_near_rows(const call *a, const dsa_parallel *p) {
+    const dsa_config *c = a->c;
+    call near = *a;
+    if (!a->m.k_copy || q_blocks(c) == 1 || (a->k.row == c->dim && a->v.row == c->dim)) return near;
+    run(p, c->batch * c->kv_heads * k_blocks(c), copy_block, a);
+    ptrdiff_t head = (ptrdiff_t)k_blocks(c) * c->block_k * c->dim;
+    near.k = (dsa_tensor){a->m.k_copy, c->kv_heads * head, head, c->dim};
+    near.v = (dsa_tensor){a->m.v_copy, c->kv_heads * head, head, c->dim};
+    return near;
+}
+
+static void attend_all(const call *given, const dsa_parallel *p) {
+    const call near = with_near_rows(given, p), *a = &near;
     const dsa_config *c = a->c;
     if (c->compute == DSA_I8) {
         run(p, c->batch * c->kv_heads, measure_kv, a);
@@ -603,6 +643,22 @@ static void attend_all(const call *a, const dsa_parallel *p) {
 }
 
 /* ---- The three entry points. */
+
+/* Lists are trusted; a debug build looks at them all the same. */
+static int lists_ok(const call *a) {
+#ifdef DSA_CHECK_LISTS
+    const dsa_config *c = a->c;
+    int32_t kmax = dsa_kmax(c), n = c->batch * list_heads(c) * q_blocks(c);
+    for (int32_t x = 0; a->kept_idx && x < n; x++) {
+        const int32_t *idx = a->kept_idx + (size_t)x * (size_t)kmax, kept = a->kept_cnt[x];
+        if (kept < 0 || kept > kmax) return 0;
+        for (int32_t i = 0; i < kept; i++)
+            if (idx[i] < (i ? idx[i - 1] + 1 : 0) || idx[i] >= k_blocks(c)) return 0;
+    }
+#endif
+    (void)a;
+    return 1;
+}
 
 dsa_status dsa_select(const dsa_config *c, dsa_tensor q, dsa_tensor k, const dsa_scorer *s, dsa_lengths len,
                       void *work, size_t bytes, const dsa_parallel *p, int32_t *idx, int32_t *cnt) {
@@ -615,8 +671,11 @@ dsa_status dsa_select(const dsa_config *c, dsa_tensor q, dsa_tensor k, const dsa
 dsa_status dsa_attend(const dsa_config *c, dsa_tensor q, dsa_tensor k, dsa_tensor v, const int32_t *idx,
                       const int32_t *cnt, dsa_lengths len, void *work, size_t bytes, const dsa_parallel *p, float *out,
                       const ptrdiff_t out_strides[3]) {
-    call a = {.q = q, .k = k, .v = v, .len = len, .kept_idx = idx, .kept_cnt = cnt, .out = out, .out_strides = out_strides};
+    call a = {.q = q, .k = k, .v = v, .len = len, .out = out, .out_strides = out_strides};
+    a.kept_idx = idx;
+    a.kept_cnt = cnt;
     dsa_status status = begin(&a, c, work, bytes, p);
+    if (status == DSA_OK && !lists_ok(&a)) status = DSA_BAD_CONFIG;
     if (status == DSA_OK) attend_all(&a, p);
     return status;
 }

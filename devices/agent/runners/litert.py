@@ -1,11 +1,11 @@
 """LiteRT (TFLite), by the ai-edge-litert interpreter with XNNPACK. A row runs at the shortest length that holds it."""
 
 import bisect
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import ai_edge_litert
 import numpy as np
-from ai_edge_litert.interpreter import Interpreter
+from ai_edge_litert.interpreter import Interpreter, load_delegate
 
 from .. import cases, wire
 
@@ -15,10 +15,10 @@ def version():
     return str(ai_edge_litert.__version__)
 
 
-def load(path, entry, threads=1):
-    # type: (str, wire.Entry, int) -> Callable[[cases.Row], Any]
-    """The DSA delegate will be passed to the interpreter here (`experimental_delegates`)."""
-    interpreter = Interpreter(model_path=path, num_threads=threads)
+def load(path, entry, threads=1, library=None):
+    # type: (str, wire.Entry, int, Optional[str]) -> Callable[[cases.Row], Any]
+    delegates = [load_delegate(library)] if library is not None else None
+    interpreter = Interpreter(model_path=path, num_threads=threads, experimental_delegates=delegates)
     lengths = entry.lengths or (0,)
     signatures = {n: interpreter.get_signature_runner("length_{}".format(n)) for n in lengths}
 

@@ -1,7 +1,7 @@
 """ONNX, by ONNX Runtime on the CPU. Any sequence length: a row runs at its natural one."""
 
 import os
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 # ONNX Runtime 1.29 and later report every session to their maker, unless this is set before they are imported
 # (microsoft/onnxruntime pull 29843).
@@ -17,10 +17,11 @@ def version():
     return str(onnxruntime.__version__)
 
 
-def load(path, entry, threads=1):
-    # type: (str, wire.Entry, int) -> Callable[[cases.Row], Any]
-    """The DSA library will be registered on `options` here, before the session is made."""
+def load(path, entry, threads=1, library=None):
+    # type: (str, wire.Entry, int, Optional[str]) -> Callable[[cases.Row], Any]
     options = onnxruntime.SessionOptions()
+    if library is not None:
+        options.register_custom_ops_library(library)
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3

@@ -1,0 +1,173 @@
+"""
+Block-DSA in torch's standard operators with static shapes: rule 0 as a masked dense attention.
+
+What a runtime computes that has no library of ours. It is written for LiteRT's XNNPACK: at most five axes, no mask of
+the size of the scores except a causal one, sizes padded to whole blocks inside. The same numbers as the definition, at
+dense cost. One difference is left: a NaN in a token that was not kept reaches the rows that did not look at it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import pad
+
+Tensor = torch.Tensor
+OUT, FAR = -1e30, 1e9  # beyond any logit; beyond any position
+NO_SCORE = -3.2e38  # NaN and -inf are not above it
+
+
+class Blocks(NamedTuple):
+    """One axis of tokens in blocks: how many, how long, and which rows are valid."""
+
+    number: int
+    size: int
+    valid: Tensor  # (batch, count, size), float 0 or 1
+    rows: Tensor  # (batch, count): valid rows of each block
+    start: Tensor  # (count): position of the first row
+
+
+def inexpressible(*, rule: int = 0, min_blocks: int = 1, max_blocks: int = 0) -> str | None:
+    """What this form cannot say; None if it can."""
+    if rule or max_blocks or min_blocks > 1:
+        return (
+            "DSA in standard operators is rule 0 without clamps; "
+            f"got rule={rule}, min_blocks={min_blocks}, max_blocks={max_blocks}"
+        )
+    return None
+
+
+def dsa(
+    q: Tensor,  # (batch, heads, rows, dim)
+    k: Tensor,
+    v: Tensor,
+    wq: Tensor,
+    wk: Tensor,
+    dist_bias: Tensor,
+    sink_bias: Tensor,
+    theta: Tensor,
+    q_len: Tensor,
+    kv_len: Tensor,
+    *,
+    block_q: int = 64,
+    block_k: int = 64,
+    min_blocks: int = 1,
+    force_diag: int = 1,
+    n_sink: int = 0,
+    causal: int = 0,
+    q_offset: int = 0,
+    select_per_kv: int = 0,
+    dense_below: int = 0,
+    scale: float = 0.0,
+) -> Tensor:
+    batch, heads, rows, dim = q.shape
+    groups, k_rows = k.shape[1:3]
+    a, b = _blocks(rows, block_q, q_len), _blocks(k_rows, block_k, kv_len)
+    q, k, v = _clean(q, a), _heads(_clean(k, b), heads), _heads(_clean(v, b), heads)
+    candidate, last, first = _candidates(a, b, kv_len, causal, q_offset)
+    z = _scores(_pooled(q, a) @ wq[None], _pooled(k, b) @ wk[None], dist_bias, sink_bias, a, b, q_offset)
+    mass = _mass(z, candidate)
+    if select_per_kv:
+        mass = mass.reshape(batch, groups, heads // groups, a.number, b.number).mean(2, keepdim=True)
+        mass = mass.expand(batch, groups, heads // groups, a.number, b.number).reshape(batch, heads, a.number, b.number)
+        theta = theta[:, None].expand(groups, heads // groups).reshape(heads)
+    keep = (mass >= theta.reshape(1, heads, 1, 1)).to(q.dtype)
+    if force_diag:
+        ends = (b.start + block_k).reshape(1, 1, 1, -1)
+        keep = torch.maximum(keep, ((b.start.reshape(1, 1, 1, -1) <= last) & (ends > first)).to(q.dtype))
+    if n_sink:
+        keep = torch.maximum(keep, (b.start < n_sink * block_k).to(q.dtype).reshape(1, 1, 1, -1))
+    keep = (torch.ones_like(keep) if k_rows <= dense_below else keep) * candidate
+    if min_blocks:
+        keep = torch.maximum(keep, _heaviest(mass, candidate, b) * (1 - keep.amax(-1, keepdim=True)))
+    out = _attend(q * (scale or dim**-0.5), k, v, keep, a, b, q_offset if causal else None)
+    used = (_first(keep, b) <= _reach(a, q_offset if causal else None)).to(q.dtype) * a.valid[:, None]
+    return (out * used.reshape(batch, heads, a.number * block_q, 1))[:, :, :rows]
+
+
+def _blocks(rows: int, size: int, length: Tensor) -> Blocks:
+    count = -(-rows // size)
+    t = torch.arange(count * size, dtype=torch.float32)
+    end = length.to(torch.float32).clamp(max=rows)
+    valid = (t[None] < end[:, None]).to(torch.float32).reshape(len(length), count, size)
+    return Blocks(count, size, valid, valid.sum(-1), torch.arange(count, dtype=torch.float32) * size)
+
+
+def _clean(x: Tensor, blocks: Blocks) -> Tensor:
+    """Whole blocks; padding, which may hold anything, is 0."""
+    x = pad(x, (0, 0, 0, blocks.number * blocks.size - x.shape[2]))
+    valid = blocks.valid.reshape(x.shape[0], 1, x.shape[2], 1)
+    return torch.where(valid > 0, x, torch.zeros_like(x))
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """Each query head sees its kv head."""
+    batch, groups, rows, dim = x.shape
+    if groups == heads:
+        return x
+    return x[:, :, None].expand(batch, groups, heads // groups, rows, dim).reshape(batch, heads, rows, dim)
+
+
+def _pooled(x: Tensor, blocks: Blocks) -> Tensor:
+    batch, heads, _, dim = x.shape
+    total = x.reshape(batch, heads, blocks.number, blocks.size, dim).sum(3)
+    return total / blocks.rows.clamp(min=1).reshape(batch, 1, blocks.number, 1)
+
+
+def _candidates(a: Blocks, b: Blocks, kv_len: Tensor, causal: int, offset: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(batch, 1, i, j) as 0 or 1, and the first and last position of each query block."""
+    first = (a.start + offset).reshape(1, 1, -1, 1)
+    last = first + a.rows.reshape(-1, 1, a.number, 1) - 1
+    start = b.start.reshape(1, 1, 1, -1)
+    candidate = start < kv_len.to(torch.float32).reshape(-1, 1, 1, 1)
+    if causal:
+        candidate = candidate & (start <= last)
+    return candidate.to(torch.float32).expand(-1, 1, a.number, b.number), last, first
+
+
+def _scores(zq: Tensor, zk: Tensor, dist_bias: Tensor, sink_bias: Tensor, a: Blocks, b: Blocks, offset: int) -> Tensor:
+    reach, sinks = dist_bias.shape[1] // 2, min(sink_bias.shape[1], b.number)
+    here = torch.floor((a.start + (offset + 0.5)) / b.size)  # floats: an integer division becomes ten operators
+    j = torch.arange(b.number, dtype=torch.float32)
+    at = ((j[None] - here[:, None]).clamp(-reach, reach) + reach).to(torch.int32).reshape(-1)
+    sink = pad(sink_bias[:, :sinks], (0, b.number - sinks))
+    distance = dist_bias.index_select(1, at).reshape(1, -1, a.number, b.number)
+    return zq @ zk.transpose(-1, -2) + distance + sink[None, :, None]
+
+
+def _mass(z: Tensor, candidate: Tensor) -> Tensor:
+    scored = (z > NO_SCORE).to(z.dtype) * candidate
+    z = torch.where(scored > 0, z.clamp(max=3e38), torch.full_like(z, -3e38))
+    e = (z - z.amax(-1, keepdim=True)).clamp(min=-80).exp() * scored
+    return e / e.sum(-1, keepdim=True).clamp(min=1e-37)
+
+
+def _first(keep: Tensor, b: Blocks) -> Tensor:
+    """Where the first kept block starts; FAR if there is none."""
+    return torch.where(keep > 0, b.start.reshape(1, 1, 1, -1), torch.full_like(keep, FAR)).amin(-1, keepdim=True)
+
+
+def _heaviest(mass: Tensor, candidate: Tensor, b: Blocks) -> Tensor:
+    """1 for the candidate with most mass, the first of equals."""
+    top = (mass >= mass.amax(-1, keepdim=True)).to(mass.dtype) * candidate
+    return (b.start.reshape(1, 1, 1, -1) == _first(top, b)).to(mass.dtype)
+
+
+def _reach(a: Blocks, offset: int | None) -> Tensor:
+    """(1, 1, i, rows of a block): the last position each row may look at."""
+    t = torch.arange(a.number * a.size, dtype=torch.float32).reshape(1, 1, a.number, a.size)
+    return torch.full_like(t, FAR / 2) if offset is None else t + offset
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, a: Blocks, b: Blocks, offset: int | None) -> Tensor:
+    """The blocks' bias is added in five axes; `offset` is the position of row 0 in a causal attention."""
+    batch, heads, rows, _ = q.shape
+    keys, all_ = k.shape[2], batch * heads
+    logits = (q @ k.transpose(-1, -2)).reshape(all_, a.number, a.size, b.number, b.size)
+    logits = logits + ((1 - keep) * OUT).reshape(all_, a.number, 1, b.number, 1)
+    logits = logits.reshape(batch, heads, rows, keys) + ((1 - b.valid) * OUT).reshape(batch, 1, 1, keys)
+    if offset is not None:
+        future = torch.arange(keys)[None] > torch.arange(rows)[:, None] + offset
+        logits = logits + torch.where(future, OUT, 0.0)
+    return logits.softmax(-1) @ v

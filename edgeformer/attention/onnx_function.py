@@ -1,0 +1,341 @@
+"""
+Block-DSA in ONNX: one node `ai.edgeformer::DSA`, and a model-local function of the same name in standard operators.
+
+A runtime with our library takes the node; any other inlines the function. The function is rule 0 as a masked dense
+attention: the same numbers at dense cost, without a sort. It cannot express the other rules or a clamp. One difference
+is left: a NaN in a token that was not kept reaches the rows that did not look at it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import onnx
+from onnx import defs, parser
+from onnxscript import opset20 as standard, values
+
+from .composite import inexpressible
+
+DOMAIN, NAME, VERSION = "ai.edgeformer", "DSA", 1
+OPSET = 20
+OPERANDS = ("q", "k", "v", "wq", "wk", "dist_bias", "sink_bias", "theta", "q_len", "kv_len")
+INTEGERS = {
+    "block_q": 64,
+    "block_k": 64,
+    "rule": 0,
+    "min_blocks": 1,
+    "max_blocks": 0,
+    "force_diag": 1,
+    "n_sink": 0,
+    "causal": 0,
+    "q_offset": 0,
+    "select_per_kv": 0,
+    "dense_below": 0,
+    "compute": 0,
+}
+
+_BODY = """
+  zero = Constant <value_int = 0> ()
+  one = Constant <value_int = 1> ()
+  axis0 = Constant <value_ints = [0]> ()
+  axis1 = Constant <value_ints = [1]> ()
+  axis2 = Constant <value_ints = [2]> ()
+  last = Constant <value_ints = [-1]> ()
+  middle = Constant <value_ints = [1, 2]> ()
+  outer = Constant <value_ints = [1, 3]> ()
+  none = Constant <value_float = 0.0> ()
+  unit = Constant <value_float = 1.0> ()
+  never = Constant <value_float = -1e30> ()
+  lowest = Constant <value_float = -3.4e38> ()
+  highest = Constant <value_float = 3e38> ()
+  tiny = Constant <value_float = 1e-37> ()
+  nowhere = Constant <value_int = 1099511627776> ()
+  nowhere_before = Sub (nowhere, one)
+  bq = Constant <value_int: int = @block_q> ()
+  bk = Constant <value_int: int = @block_k> ()
+  offset = Constant <value_int: int = @q_offset> ()
+  sinks_kept = Constant <value_int: int = @n_sink> ()
+  dense_rows = Constant <value_int: int = @dense_below> ()
+  causal_int = Constant <value_int: int = @causal> ()
+  free = Equal (causal_int, zero)
+  diag_int = Constant <value_int: int = @force_diag> ()
+  diag = Cast <to = 9> (diag_int)
+  per_kv_int = Constant <value_int: int = @select_per_kv> ()
+  per_kv = Cast <to = 9> (per_kv_int)
+  least_int = Constant <value_int: int = @min_blocks> ()
+  least = Cast <to = 9> (least_int)
+  scale_given = Constant <value_float: float = @scale> ()
+
+  # Sizes, as vectors of one element (for shapes) and as scalars.
+  b_1 = Shape <start = 0, end = 1> (q)
+  hq_1 = Shape <start = 1, end = 2> (q)
+  nq_1 = Shape <start = 2, end = 3> (q)
+  d_1 = Shape <start = 3, end = 4> (q)
+  hkv_1 = Shape <start = 1, end = 2> (k)
+  nk_1 = Shape <start = 2, end = 3> (k)
+  hq = Squeeze (hq_1)
+  hkv = Squeeze (hkv_1)
+  nq = Squeeze (nq_1)
+  nk = Squeeze (nk_1)
+  nq_up = Add (nq, bq)
+  nq_end = Sub (nq_up, one)
+  q_blocks = Div (nq_end, bq)
+  nk_up = Add (nk, bk)
+  nk_end = Sub (nk_up, one)
+  k_blocks = Div (nk_end, bk)
+
+  # Positions t, u of rows; blocks i, j; the block of each row.
+  t = Range (zero, nq, one)
+  u = Range (zero, nk, one)
+  t_block = Div (t, bq)
+  u_block = Div (u, bk)
+  i = Range (zero, q_blocks, one)
+  j = Range (zero, k_blocks, one)
+  i_col = Unsqueeze (i, axis1)
+  q_len64 = Cast <to = 7> (q_len)
+  kv_len64 = Cast <to = 7> (kv_len)
+  q_len2 = Unsqueeze (q_len64, axis1)
+  kv_len2 = Unsqueeze (kv_len64, axis1)
+  t_valid = Less (t, q_len2)
+  u_valid = Less (u, kv_len2)
+
+  # Padding may hold anything, NaN included; each query head sees its kv head.
+  t_valid4 = Unsqueeze (t_valid, outer)
+  u_valid4 = Unsqueeze (u_valid, outer)
+  q_clean = Where (t_valid4, q, none)
+  k_clean = Where (u_valid4, k, none)
+  v_clean = Where (u_valid4, v, none)
+  head = Range (zero, hq, one)
+  head_scaled = Mul (head, hkv)
+  head_kv = Div (head_scaled, hq)
+  k_head = Gather <axis = 1> (k_clean, head_kv)
+  v_head = Gather <axis = 1> (v_clean, head_kv)
+
+  # Pool: the mean of each block's valid rows, as a product with the block's membership.
+  i_of_t = Equal (i_col, t_block)
+  t_valid3 = Unsqueeze (t_valid, axis1)
+  in_i = And (i_of_t, t_valid3)
+  in_i_float = Cast <to = 1> (in_i)
+  in_i4 = Unsqueeze (in_i_float, axis1)
+  i_count = ReduceSum (in_i4, last)
+  i_some = Max (i_count, unit)
+  q_sum = MatMul (in_i4, q_clean)
+  q_mean = Div (q_sum, i_some)
+  j_col = Unsqueeze (j, axis1)
+  j_of_u = Equal (j_col, u_block)
+  u_valid3 = Unsqueeze (u_valid, axis1)
+  in_j = And (j_of_u, u_valid3)
+  in_j_float = Cast <to = 1> (in_j)
+  in_j4 = Unsqueeze (in_j_float, axis1)
+  j_count = ReduceSum (in_j4, last)
+  j_some = Max (j_count, unit)
+  k_sum = MatMul (in_j4, k_head)
+  k_mean = Div (k_sum, j_some)
+
+  # Candidates (batch, 1, i, j): blocks with a valid key, not wholly in the future.
+  first = Mul (i, bq)
+  first_i = Add (first, offset)
+  first_col = Unsqueeze (first_i, axis1)
+  rows_i = Cast <to = 7> (i_count)
+  past_i = Add (first_col, rows_i)
+  last_i = Sub (past_i, one)
+  j_start = Mul (j, bk)
+  j_end = Add (j_start, bk)
+  started = LessOrEqual (j_start, last_i)
+  past_or_free = Or (started, free)
+  kv_len4 = Unsqueeze (kv_len2, outer)
+  j_valid = Less (j_start, kv_len4)
+  candidate = And (j_valid, past_or_free)
+
+  # Score.
+  zq = MatMul (q_mean, wq)
+  zk = MatMul (k_mean, wk)
+  zk_t = Transpose <perm = [0, 1, 3, 2]> (zk)
+  z_pooled = MatMul (zq, zk_t)
+  reach_2 = Shape <start = 1, end = 2> (dist_bias)
+  two = Constant <value_ints = [2]> ()
+  reach = Div (reach_2, two)
+  reach_down = Neg (reach)
+  first_block = Div (first_col, bk)
+  distance = Sub (j, first_block)
+  distance_low = Max (distance, reach_down)
+  distance_in = Min (distance_low, reach)
+  distance_at = Add (distance_in, reach)
+  distance_bias = Gather <axis = 1> (dist_bias, distance_at)
+  s_1 = Shape <start = 1, end = 2> (sink_bias)
+  no_sink_shape = Concat <axis = 0> (hq_1, axis1)
+  no_sink = Expand (none, no_sink_shape)
+  sink_or_none = Concat <axis = 1> (sink_bias, no_sink)
+  sink_at = Min (j, s_1)
+  sink_of_j = Gather <axis = 1> (sink_or_none, sink_at)
+  sink3 = Unsqueeze (sink_of_j, axis1)
+  z_dist = Add (z_pooled, distance_bias)
+  z_sum = Add (z_dist, sink3)
+  z_capped = Min (z_sum, highest)
+  z_nan = IsNaN (z_sum)
+  minus_inf = Constant <value = float {-inf}> ()
+  z_number = Where (z_nan, minus_inf, z_capped)
+  z = Where (candidate, z_number, minus_inf)
+
+  # Mass (batch, kv head, group, i, j).
+  z_top = ReduceMax (z, last)
+  z_top_finite = Max (z_top, lowest)
+  z_shifted = Sub (z, z_top_finite)
+  e = Exp (z_shifted)
+  e_sum = ReduceSum (e, last)
+  e_some = Max (e_sum, tiny)
+  p = Div (e, e_some)
+  qb_1 = Unsqueeze (q_blocks, axis0)
+  kb_1 = Unsqueeze (k_blocks, axis0)
+  group_1 = Div (hq_1, hkv_1)
+  grouped_shape = Concat <axis = 0> (b_1, hkv_1, group_1, qb_1, kb_1)
+  p_grouped = Reshape (p, grouped_shape)
+  p_shared = ReduceMean (p_grouped, axis2)
+  mass = Where (per_kv, p_shared, p_grouped)
+
+  # Keep: theta, the forced blocks, the heaviest block if there is none else.
+  theta_shape = Concat <axis = 0> (axis1, hkv_1, last, axis1, axis1)
+  theta5 = Reshape (theta, theta_shape)
+  over = GreaterOrEqual (mass, theta5)
+  heads_shape = Concat <axis = 0> (b_1, hq_1, qb_1, kb_1)
+  over4 = Reshape (over, heads_shape)
+  mass4 = Reshape (mass, heads_shape)
+  ends_after = Greater (j_end, first_col)
+  overlaps = And (started, ends_after)
+  forced_diag = And (overlaps, diag)
+  forced_sink = Less (j, sinks_kept)
+  forced = Or (forced_diag, forced_sink)
+  over_or_forced = Or (over4, forced)
+  dense = LessOrEqual (nk, dense_rows)
+  wanted = Or (over_or_forced, dense)
+  found = And (wanted, candidate)
+  found_float = Cast <to = 1> (found)
+  found_any = ReduceMax (found_float, last)
+  found_bool = Cast <to = 9> (found_any)
+  found_none = Not (found_bool)
+  add_one = And (found_none, least)
+  heaviest = ArgMax <axis = -1, keepdims = 1> (mass4)
+  is_heaviest = Equal (j, heaviest)
+  added = And (is_heaviest, add_one)
+  found_or_added = Or (found, added)
+  keep = And (found_or_added, candidate)
+
+  # The mask of tokens, from blocks by rows; -1e30 is out of reach of any logit and never NaN.
+  block_bias = Where (keep, none, never)
+  key_bias = Gather <axis = 3> (block_bias, u_block)
+  u_valid_row = Unsqueeze (u_valid, middle)
+  valid_bias = Where (u_valid_row, key_bias, never)
+  token_bias = Gather <axis = 2> (valid_bias, t_block)
+  position = Add (t, offset)
+  position_col = Unsqueeze (position, axis1)
+  seen = LessOrEqual (u, position_col)
+  seen_or_free = Or (seen, free)
+  causal_bias = Where (seen_or_free, none, never)
+
+  # Attend. A row sees something if its first kept block starts before it.
+  d_float = Cast <to = 1> (d_1)
+  d_root = Sqrt (d_float)
+  scale_default = Div (unit, d_root)
+  scale_missing = Equal (scale_given, none)
+  scale_used = Where (scale_missing, scale_default, scale_given)
+  q_scaled = Mul (q_clean, scale_used)
+  k_t = Transpose <perm = [0, 1, 3, 2]> (k_head)
+  logits = MatMul (q_scaled, k_t)
+  logits_kept = Add (logits, token_bias)
+  logits_seen = Add (logits_kept, causal_bias)
+  weights = Softmax <axis = -1> (logits_seen)
+  mixed = MatMul (weights, v_head)
+  keep_start = Where (keep, j_start, nowhere)
+  keep_first = ReduceMin <keepdims = 0> (keep_start, last)
+  row_first = Gather <axis = 2> (keep_first, t_block)
+  row_limit = Where (free, nowhere_before, position)
+  row_sees = LessOrEqual (row_first, row_limit)
+  t_valid_row = Unsqueeze (t_valid, axis1)
+  row_used = And (row_sees, t_valid_row)
+  row_used4 = Unsqueeze (row_used, last)
+  out = Where (row_used4, mixed, none)
+"""
+
+
+@cache
+def schema() -> defs.OpSchema:
+    """The node's signature, known to the exporter and to shape inference from the first call on."""
+    parameter, attribute = defs.OpSchema.FormalParameter, defs.OpSchema.Attribute
+    optional = defs.OpSchema.FormalParameterOption.Optional
+    inputs = [parameter(name, "T") for name in OPERANDS[:-2]]
+    inputs += [parameter(name, "N", param_option=optional) for name in OPERANDS[-2:]]
+    attributes = [attribute(name, onnx.helper.make_attribute(name, value)) for name, value in INTEGERS.items()]
+    made = defs.OpSchema(
+        NAME,
+        DOMAIN,
+        VERSION,
+        inputs=inputs,
+        outputs=[parameter("out", "T")],
+        type_constraints=[("T", ["tensor(float)"], ""), ("N", ["tensor(int32)"], "")],
+        attributes=[*attributes, attribute("scale", onnx.helper.make_attribute("scale", 0.0))],
+    )
+    # With a registered schema, shape inference no longer looks into the function; the quantizer needs the type.
+    made.set_type_and_shape_inference_function(lambda context: context.set_output_type(0, context.get_input_type(0)))
+    defs.register_schema(made)
+    return made
+
+
+@cache
+def function() -> onnx.FunctionProto:
+    """The body in standard operators, with every operand present."""
+    head = ", ".join([*(f"{name}: int = {value}" for name, value in INTEGERS.items()), "scale: float = 0.0"])
+    signature = f"{NAME} <{head}> ({', '.join(OPERANDS)}) => (out)"
+    return parser.parse_function(f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}]> {signature} {{{_BODY}}}')
+
+
+def present(proto: onnx.ModelProto) -> bool:
+    return any(node.domain == DOMAIN and node.op_type == NAME for node in proto.graph.node)
+
+
+def attach(proto: onnx.ModelProto) -> None:
+    """Adds the function to a model that has DSA nodes; others stay as they are."""
+    if present(proto) and not any(f.domain == DOMAIN and f.name == NAME for f in proto.functions):
+        proto.functions.append(function())
+
+
+def node(  # the torch operator's signature: the exporter reads names, order and types off it
+    q: Any,
+    k: Any,
+    v: Any,
+    wq: Any,
+    wk: Any,
+    dist_bias: Any,
+    sink_bias: Any,
+    theta: Any,
+    q_len: Any = None,
+    kv_len: Any = None,
+    block_q: int = 64,
+    block_k: int = 64,
+    rule: int = 0,
+    min_blocks: int = 1,
+    max_blocks: int = 0,
+    force_diag: int = 1,
+    n_sink: int = 0,
+    causal: int = 0,
+    q_offset: int = 0,
+    select_per_kv: int = 0,
+    dense_below: int = 0,
+    compute: int = 0,
+    scale: float = 0.0,
+) -> Any:
+    """The node for one call of the torch operator; missing lengths are written out as full ones."""
+    given = locals()
+    if reason := inexpressible(rule=rule, min_blocks=min_blocks, max_blocks=max_blocks):
+        raise ValueError(reason)
+    lengths = [_full(x) if length is None else length for x, length in ((q, q_len), (k, kv_len))]
+    schema()
+    dsa = values.Opset(DOMAIN, VERSION).DSA
+    attributes = {name: given[name] for name in (*INTEGERS, "scale")}
+    return dsa(q, k, v, wq, wk, dist_bias, sink_bias, theta, *lengths, **attributes)
+
+
+def _full(x: Any) -> Any:
+    """[batch]: every row of x is valid. An inlined function body cannot ask whether an input is there."""
+    rows = standard.Cast(standard.Shape(x, start=2, end=3), to=onnx.TensorProto.INT32)
+    return standard.Expand(rows, standard.Shape(x, start=0, end=1))
