@@ -36,9 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-keys_INTERRUPTED = 130
-
-app = typer.Typer(no_args_is_help=True, help="Keys that sign bundles, and keys of others that are trusted here.")
+keys_app = typer.Typer(no_args_is_help=True, help="Keys that sign bundles, and keys of others that are trusted here.")
 app.add_typer(keys_app, name="keys")
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
