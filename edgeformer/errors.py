@@ -134,10 +134,6 @@ class MissingRuntime(Missing):
         super().__init__(f"{device} has no {runtime}. Run there: {fix}")
 
 
-class BuildError(Missing):
-    """A native source did not compile. The message names the files, the target and the compiler's last words."""
-
-
 class LinkError(EdgeformerError):
     """A device cannot be reached or refuses. The message names the address, the step and its output."""
 

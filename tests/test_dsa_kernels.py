@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from edgeformer import native
-from edgeformer.attention import kernel
-from edgeformer.attention import reference as ref
+from edgeformer.attention import kernel, reference as ref
 from edgeformer.errors import BuildError
 
 HERE = Path(__file__).parent

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from edgeformer import native
-from edgeformer.attention import kernel
-from edgeformer.attention import reference as ref
+from edgeformer.attention import kernel, reference as ref
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import dsa_vectors as vectors

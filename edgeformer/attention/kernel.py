@@ -91,7 +91,7 @@ def prepare(
     name: str, c: CConfig, before: tuple[Any, ...], after: tuple[Any, ...], threads: int = 1
 ) -> Callable[[], None]:
     """A call of the core with its workspace, ready to be repeated."""
-    strided = any(isinstance(x, _Tensor) and x.row != c.dim for x in before)
+    strided = any(isinstance(x, CTensor) and x.row != c.dim for x in before)
     room = library().dsa_workspace_strided if strided else library().dsa_workspace
     size = room(ctypes.byref(c), threads)
     work = np.zeros(size, np.uint8)
