@@ -40,8 +40,9 @@ RUNTIMES = {
 }
 LITERT = """
 import os, signal, time
+def load_delegate(library): ...
 class Interpreter:
-    def __init__(self, model_path, num_threads):
+    def __init__(self, model_path, num_threads, experimental_delegates):
         with open(model_path) as file:
             word = file.read()
         with open(os.environ["MARK"] + ".part", "w") as file:

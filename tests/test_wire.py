@@ -62,6 +62,7 @@ def manifest() -> wire.Manifest:
         predicted=wire.Prediction("raspberry-pi-4", 1, metrics, 0.5, 2.0, "roofline"),
         checked=wire.Fidelity("agreement", 0.99, 0.954, 3e-06, 32, "accuracy", 0.875, 0.88),
         golden_similarity=0.98,
+        libraries={"linux-aarch64": "native/linux-aarch64/libedgeformer_litert.so"},
     )
     bare = wire.Entry(
         "onnx-fp32", "onnx", "fp32", "programs/onnx-fp32/model.onnx", 0, (), (), (),
@@ -105,6 +106,7 @@ def report() -> wire.Report:
         before={"governor": "ondemand", "temp_c": {"cpu-thermal": 47.2}, "charger": None},
         after=TRAPS,
         flags=("throttled", "evaluation_partial"),
+        native=wire.Native(6, "neon", (1.0, 0.5, 0.25)),
     )
     failed = full._replace(
         program="onnx-fp32",
@@ -115,6 +117,7 @@ def report() -> wire.Report:
         fidelity=None,
         after={},
         flags=(),
+        native=None,
     )
     made = wire.Report(
         schema=wire.REPORT_SCHEMA,
