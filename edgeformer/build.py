@@ -30,6 +30,8 @@ PRECISIONS = {
     "int8": "int8 weights and embeddings per output channel, activations quantized per call",
     "fp32": "fp32 throughout",
 }
+ATTENTION = ("auto", "dense", "dsa")
+BLOCK = 64  # tokens a side of a sparse block: the fastest on CPUs
 GOLDEN_ROWS = 3
 GOLDEN_TOKENS = 128  # a self-check must be cheap on the slowest board
 # Other instruction sets round differently. int8: a board's kernels may also saturate where this machine's do not.
@@ -47,6 +49,8 @@ def build(
     out: str | Path = "dist",
     precision: str | Sequence[str] = "int8",
     passes: Iterable[Pass] = (),
+    attention: str = "auto",
+    budget: float = 0.5,
     formats: Sequence[str] | None = None,
     gate: wire.Gate | float | None = None,
     lengths: Sequence[int] | None = None,
@@ -64,6 +68,8 @@ def build(
     model: a Hugging Face folder, a hub id, a `transformers` model, a `Model`, or a module with `example` inputs.
     data, task: what the programs are checked with, see `edgeformer.data.load`; sample texts by default.
     precision: "int8", "fp32", or both. formats: some of the target's; all of them by default.
+    attention: "dense", "dsa" (sparse attention that keeps `budget` of the blocks; its scorers are trained on the data),
+    or "auto": sparse where the data's rows are long enough that it pays on the device. The manifest says which and why.
     gate: the least share of fp32 that must be kept (see `edgeformer.check.gate`); the manifest records a loosened one.
     lengths: static sequence lengths, up to 512 by default. version: rises by itself with the date and with each change.
     expires: last day of validity, YYYY-MM-DD; by default the end of next year.
@@ -73,6 +79,8 @@ def build(
     device = devices.load(target)
     chosen = _chosen(device, formats)
     precisions = _precisions(precision)
+    if attention not in ATTENTION:
+        raise BadInput(f"attention {attention!r} must be one of {', '.join(ATTENTION)}")
     expiry = _expiry(expires)
 
     from . import check, data as rows_of, model as models  # torch from here on
@@ -88,6 +96,7 @@ def build(
     wanted = check.reference(model, rows.rows, lambda n: report("fp32 reference", n, len(rows.rows)))
     for step in passes:
         model = step(model)
+    model = _attention(model, rows, device, attention, budget, precisions[0], report)
 
     built: list[_Built] = []
     for module in exporters:
@@ -103,6 +112,29 @@ def build(
     bundle = _write(folder, manifest, contents, signer, version, overwrite)
     report("package and sign", 1, 1)
     return bundle
+
+
+def _attention(
+    model: Model, rows: Rows, device: devices.Device, wanted: str, budget: float, precision: str, report: Progress
+) -> Model:
+    """Dense or sparse, and why: a line of the history in either case."""
+    from .attention import choice
+    from .passes import sparsify
+
+    tokens = [cases.length(row) for row in rows.rows]
+    gain = choice.gain(model.module, tokens, device, budget, precision, sparsify.DENSE_BELOW)
+    long_enough = max(tokens) >= sparsify.FEWEST_BLOCKS * BLOCK
+    sparse = wanted == "dsa" or (wanted == "auto" and gain >= choice.WORTH and long_enough)
+    why = (
+        f"modelled gain over the data's rows {gain:.2f}, worth it from {choice.WORTH}"
+        if wanted == "auto"
+        else "asked for"
+    )
+    facts = {"chosen": "dsa" if sparse else "dense", "why": why, "modelled_gain": round(gain, 3), "budget": budget}
+    if any(step.name == "sparsify.dsa" for step in model.history):  # a pass of the caller's has decided already
+        return model
+    model = model.after("attention", facts=facts)
+    return sparsify.dsa(rows.rows, budget=budget, block=BLOCK, progress=report)(model) if sparse else model
 
 
 @dataclass(frozen=True)

@@ -176,6 +176,10 @@ def build(
     format: Annotated[
         list[str] | None, typer.Option(help="Some of the target's formats. [dim]\\[default: all][/]")
     ] = None,
+    attention: Annotated[
+        str, typer.Option(help="dense; dsa: sparse, trained on the data; auto: sparse where it pays on the target.")
+    ] = "auto",
+    budget: Annotated[float, typer.Option(help="Fraction of blocks that sparse attention keeps.")] = 0.5,
     gate: Annotated[
         float | None,
         typer.Option(
@@ -212,6 +216,7 @@ def build(
     with _bars(screen) as progress, _quiet(screen):
         bundle = run_build(
             model, target, data=data, task=task, out=out, precision=precision or "int8", formats=format, gate=gate,
+            attention=attention, budget=budget,
             lengths=length, name=name, version=bundle_version, expires=expires, key=key, overwrite=overwrite,
             progress=progress,
         )  # fmt: skip
