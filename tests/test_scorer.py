@@ -153,7 +153,7 @@ def test_the_pass_makes_a_sparse_model_and_says_what_it_did() -> None:
     facts = sparse.history[-1].facts
     assert sparse.history[-1].name == "sparsify.dsa" and json.loads(json.dumps(facts)) == facts
     assert facts["kept"] == pytest.approx(0.5, abs=0.02) and facts["kl"] < facts["kl_untrained"]
-    assert facts["rows"] == 3 and facts["length"] == 256
+    assert facts["rows"] == 3 and list(facts["theta"]) == ["256"]
     assert len(swap.scorers(sparse.module)) == 2 - len(facts["dense_layers"])
     assert {what for what, _, _ in seen} == {"dense statistics", "train scorers"}
     short, long = model.example(64), model.example(256)
@@ -166,6 +166,21 @@ def test_the_pass_makes_a_sparse_model_and_says_what_it_did() -> None:
     again = step(model)
     for a, b in zip(swap.scorers(sparse.module), swap.scorers(again.module), strict=True):
         assert torch.equal(a.wq, b.wq) and torch.equal(a.theta, b.theta)
+
+
+def test_thresholds_belong_to_a_length(tmp_path: Path) -> None:
+    model = models.load(make("bert"), lengths=(64, 256))
+    sparse = sparsify.dsa(arrays(model, 256, 256), buckets=(128, 999), block=16, steps=5, dense_below=0)(model)
+    thetas = sparse.history[-1].facts["theta"]
+    assert list(thetas) == ["128", "256"] and thetas["128"] > thetas["256"] > 0
+    inner = swap.transformer(sparse.module)
+    inner.save_pretrained(tmp_path)
+    again = swap.from_pretrained(type(inner), tmp_path)
+    for holder in (sparse.module, again):
+        for length, bucket in ((100, 128), (128, 128), (129, 256), (500, 256)):
+            assert swap.for_length(holder, length) == bucket
+            found = [float(x.theta[0]) for x in swap.scorers(holder)]
+            assert found == [pytest.approx(thetas[str(bucket)])] * len(found)
 
 
 def test_a_generous_budget_leaves_layers_dense() -> None:
