@@ -97,7 +97,16 @@ def program(source: Path, target: str | None = None) -> Path:
     if not done.exists():
         with whole_or_nothing(done) as work:
             output = ["-static", "-o", str(work / source.stem)]
-            zig("-target", goal.triple, *FLAGS, f"-I{sources() / 'dsa'}", str(source), *_compile(goal, work, []), *output, "-lm")
+            zig(
+                "-target",
+                goal.triple,
+                *FLAGS,
+                f"-I{sources() / 'dsa'}",
+                str(source),
+                *_compile(goal, work, []),
+                *output,
+                "-lm",
+            )
     return done / source.stem
 
 

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from edgeformer import native
-from edgeformer.attention import kernel
-from edgeformer.attention import reference as ref
+from edgeformer.attention import kernel, reference as ref
 from edgeformer.errors import BuildError
 
 HERE = Path(__file__).parent
@@ -76,7 +75,7 @@ def test_dense_and_sparse_agree_with_the_definition(kernels: str, dim: int, bloc
 
 
 def test_vector_sets_give_the_same_bits() -> None:
-    """No horizontal sums, the same order everywhere: what differs between ISAs is only how many queries go at a time."""
+    """No horizontal sums, one order everywhere: ISAs differ only in how many queries go at a time."""
     q, k, v, s = problem()
     seen: dict[str, list[Any]] = {}
     for name in VECTOR_SETS:
@@ -86,7 +85,7 @@ def test_vector_sets_give_the_same_bits() -> None:
                 seen[name] = [out, kernel.attend(ref.Config(), q, k, v, compute=kernel.I8)]
     first, *others = seen.values()
     for other in others:
-        for a, b in zip(first, other):
+        for a, b in zip(first, other, strict=True):
             np.testing.assert_array_equal(a, b)
 
 
@@ -103,6 +102,27 @@ def test_threads_strides_and_workspace_do_not_change_a_bit(kernels: str, compute
     assert 0 < kept[0] < kept[1] == candidates
 
 
+def test_copying_strided_rows_is_only_faster(kernels: str) -> None:
+    """BNHD without and with room for a copy, and with garbage in the padding that must not be copied into view."""
+    q, k, v, _ = problem(heads=4, groups=2, n=200)
+    length = np.array([170], np.int32)
+    want = kernel.attend(ref.Config(), q, k, v, None, length, length)
+    k[:, :, 170:], v[:, :, 170:] = np.nan, np.nan
+    k, v = (np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (k, v))
+    c, out = kernel.config(ref.Config(), q, k), np.empty_like(q)
+    least, room = (
+        f(ctypes.byref(c), 1) for f in (kernel.library().dsa_workspace, kernel.library().dsa_workspace_strided)
+    )
+    assert room - least >= k.nbytes + v.nbytes
+    for size in (least, room - 1, room):
+        memory = np.full(size + 8, 0xA5, np.uint8)
+        before = (*map(kernel.tensor, (q, k, v)), None, None, kernel.lengths(length, length))
+        place = (*kernel.addresses([memory]), ctypes.c_size_t(size), None)
+        assert kernel.library().dsa_attend(ctypes.byref(c), *before, *place, *kernel.output(out)) == 0
+        np.testing.assert_array_equal(out, want)
+        assert (memory[size:] == 0xA5).all()
+
+
 def test_the_workspace_is_not_overrun_and_may_be_unaligned(kernels: str) -> None:
     q, k, v, s = problem()
     for compute in (kernel.F32, kernel.I8):
@@ -113,7 +133,7 @@ def test_the_workspace_is_not_overrun_and_may_be_unaligned(kernels: str) -> None
         before = (*map(kernel.tensor, (q, k, v)), kernel.scorer(s), kernel.lengths(None, None))
         tail = (*kernel.output(out), None)
         assert kernel.library().dsa_fused(ctypes.byref(c), *before, place, ctypes.c_size_t(size), None, *tail) == 0
-        assert (memory[: 3] == 0xA5).all() and (memory[3 + size :] == 0xA5).all()
+        assert (memory[:3] == 0xA5).all() and (memory[3 + size :] == 0xA5).all()
         assert kernel.library().dsa_fused(ctypes.byref(c), *before, place, ctypes.c_size_t(size - 1), None, *tail) == 2
 
 
@@ -133,7 +153,9 @@ def test_padding_may_hold_anything(kernels: str, compute: int) -> None:
 @pytest.mark.parametrize("bad", [np.float32(np.nan), np.uint32(0xFFFFFFFF).view(np.float32)])
 def test_nan_in_a_used_token_reaches_every_row_that_sees_it(kernels: str, bad: np.float32) -> None:
     q, k, v, _ = problem(n=192)
-    lists = ref.Lists(np.array([[[[0, 1, -1], [1, -1, -1], [2, -1, -1]]] * 2], np.int32), np.array([[[2, 1, 1]] * 2], np.int32))
+    lists = ref.Lists(
+        np.array([[[[0, 1, -1], [1, -1, -1], [2, -1, -1]]] * 2], np.int32), np.array([[[2, 1, 1]] * 2], np.int32)
+    )
     for x in (k, v):
         dirty = x.copy()
         dirty[:, :, 70, 5] = bad
@@ -174,7 +196,9 @@ def test_a_bad_config_names_its_field(field: str, value: int) -> None:
     assert text is not None and text.startswith("q_heads" if field == "kv_heads" and value == 3 else field)
     assert kernel.library().dsa_workspace(ctypes.byref(c), 1) == 0
     out = kernel.output(np.empty_like(q))
-    with pytest.raises(ValueError, match="unsupported" if value == kernel.BF16 and field == "compute" else "bad config"):
+    with pytest.raises(
+        ValueError, match="unsupported" if value == kernel.BF16 and field == "compute" else "bad config"
+    ):
         before = (*map(kernel.tensor, (q, k, v)), None, None, kernel.lengths(None, None))
         kernel.prepare("dsa_attend", c, before, out)()
 
@@ -204,7 +228,7 @@ def test_the_core_includes_no_libc() -> None:
 
 
 def test_build_errors_say_what_failed(tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match="sparc.*linux-aarch64"):
+    with pytest.raises(BuildError, match=r"sparc.*linux-aarch64"):
         native.library("linux-sparc")
     broken = tmp_path / "broken.c"
     broken.write_text("int main(void) { return nothing; }\n")
@@ -245,7 +269,7 @@ def test_vectors_with_sanitizers(tmp_path: Path) -> None:
     gcc = shutil.which("gcc")
     if not gcc or native.host() != "linux-x86_64":
         pytest.skip("gcc for this machine is not installed")
-    flags = "-std=gnu11 -O1 -fsanitize=address,undefined -fno-sanitize-recover=all".split()
+    flags = "-std=gnu11 -O1 -DDSA_CHECK_LISTS -fsanitize=address,undefined -fno-sanitize-recover=all".split()
     objects = []
     for path, own in native.units(native.TARGETS["linux-x86_64"]):
         objects.append(str(tmp_path / f"{path.stem}.o"))

@@ -19,7 +19,10 @@ def random(seed: int, *shape: int) -> np.ndarray[Any, Any]:
 
 
 def scorer(heads: int, dim: int, theta: Any, lists: int | None = None, rank: int = 16) -> ref.Scorer:
-    w, biases = (random(s, heads, dim, rank) / 2 for s in (11, 12)), (random(13, heads, 17) / 3, random(14, heads, 1) / 3)
+    w, biases = (
+        (random(s, heads, dim, rank) / 2 for s in (11, 12)),
+        (random(13, heads, 17) / 3, random(14, heads, 1) / 3),
+    )
     return ref.Scorer(*w, *biases, np.full(lists or heads, theta, np.float32))
 
 
@@ -40,7 +43,9 @@ def sdpa(q: Any, k: Any, v: Any, mask: Any, groups: int) -> np.ndarray[Any, Any]
         (2, 1, 100, 230, 1, 130, (60, 190)),
     ],
 )
-def test_theta_0_is_dense(heads: int, groups: int, q_rows: int, k_rows: int, causal: int, offset: int, length: Any) -> None:
+def test_theta_0_is_dense(
+    heads: int, groups: int, q_rows: int, k_rows: int, causal: int, offset: int, length: Any
+) -> None:
     batch, dim = 2, 32
     q, k, v = random(1, batch, heads, q_rows, dim), *(random(s, batch, groups, k_rows, dim) for s in (2, 3))
     q_len = np.array(length if length and q_rows == k_rows else [q_rows] * batch)
@@ -59,9 +64,9 @@ def test_theta_0_is_dense(heads: int, groups: int, q_rows: int, k_rows: int, cau
 
 def dense_masks(c: ref.Config, q: Any, k: Any, s: ref.Scorer) -> Any:
     """Kept blocks [H, nQ, nK] for full lengths without clamps, as one would write it in torch."""
-    h, n, d = q[0].shape
+    _, n, d = q[0].shape
     pooled = [torch.from_numpy(x[0]).reshape(-1, n // b, b, d).mean(2) for x, b in ((q, c.block_q), (k, c.block_k))]
-    zq, zk = (torch.einsum("hnd,hdr->hnr", p, torch.from_numpy(w)) for p, w in zip(pooled, (s.wq, s.wk)))
+    zq, zk = (torch.einsum("hnd,hdr->hnr", p, torch.from_numpy(w)) for p, w in zip(pooled, (s.wq, s.wk), strict=True))
     i, j = torch.arange(zq.shape[1])[:, None], torch.arange(zk.shape[1])[None]
     reach = s.dist_bias.shape[1] // 2
     z = zq @ zk.transpose(1, 2)
@@ -75,7 +80,7 @@ def dense_masks(c: ref.Config, q: Any, k: Any, s: ref.Scorer) -> Any:
     if c.rule == ref.THRESHOLD:
         kept = p >= float(s.theta[0])
     else:
-        value, order = torch.sort(p + 10 * forced, dim=-1, descending=True, stable=True)
+        _, order = torch.sort(p + 10 * forced, dim=-1, descending=True, stable=True)
         real = p.gather(-1, order)
         inside = torch.arange(p.shape[-1]) < s.theta[0]
         if c.rule == ref.TOP_P:
@@ -87,7 +92,9 @@ def dense_masks(c: ref.Config, q: Any, k: Any, s: ref.Scorer) -> Any:
 @pytest.mark.parametrize("rule", THETA)
 @pytest.mark.parametrize("causal", [0, 1])
 @pytest.mark.parametrize("block_q, block_k", [(64, 64), (32, 64), (64, 32)])
-def test_selection_and_output_equal_a_masked_dense_attention(rule: int, causal: int, block_q: int, block_k: int) -> None:
+def test_selection_and_output_equal_a_masked_dense_attention(
+    rule: int, causal: int, block_q: int, block_k: int
+) -> None:
     heads, n, dim = 3, 512, 32
     q, k, v = (random(s, 1, heads, n, dim) for s in (4, 5, 6))
     c, s = ref.Config(rule=rule, causal=causal, block_q=block_q, block_k=block_k), scorer(heads, dim, THETA[rule])
@@ -137,5 +144,5 @@ def test_per_kv_lists_average_the_heads_of_a_group() -> None:
     s = scorer(4, 32, 0.2, lists=2)
     each = [row.mass for row in ref.mass_rows(ref.Config(), q, k, s)]
     both = [row.mass for row in ref.mass_rows(ref.Config(select_per_kv=1), q, k, s)]
-    for four, two in zip(each, both):
+    for four, two in zip(each, both, strict=True):
         np.testing.assert_allclose(two, four.reshape(2, 2, -1).mean(1), rtol=1e-6)

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 
 from edgeformer import native
-from edgeformer.attention import kernel
-from edgeformer.attention import reference as ref
+from edgeformer.attention import kernel, reference as ref
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-import dsa_vectors as vectors  # noqa: E402
+import dsa_vectors as vectors
 
 CASES = json.loads(vectors.INDEX.read_text())["cases"]
 NAMES = [c["name"] for c in CASES]
@@ -75,7 +74,9 @@ def test_kernels(kernels: str, name: str) -> None:
         if not possible:
             pytest.skip(f"this machine cannot run {kernels}")
         assert kernel.kernels() == kernels
-        out = kernel.attend(c, q, k, v, lists, *length, compute=case["compute"], out=strided(np.empty_like(q), case["bnhd"]))
+        out = kernel.attend(
+            c, q, k, v, lists, *length, compute=case["compute"], out=strided(np.empty_like(q), case["bnhd"])
+        )
         check(case, out)
         if name.startswith("lists-"):
             return

@@ -1,10 +1,11 @@
 """
 Writes tests/golden/dsa/index.json: the conformance vectors of edgeformer block-DSA (specification section 13).
 
-Run it only when the operator's definition changes; every runtime reads the result. Inputs are not stored but regenerated:
-s = s * 1664525 + 1013904223 (32 bits), value = ((s >> 8) & 0xffff) / 32768 - 1, from `seed` on, filling q, k, v, wq, wk,
-dist_bias, sink_bias in that order, then changed by `edits`. A null in an edit is NaN. A seed is taken only if no decision
-of selection is closer than 1e-4, so lists must be equal everywhere. `python tools/dsa_vectors.py` from the repository.
+Run it only when the operator's definition changes; every runtime reads the result. Inputs are not stored but made
+again: s = s * 1664525 + 1013904223 (32 bits), value = ((s >> 8) & 0xffff) / 32768 - 1, from `seed` on, filling q, k, v,
+wq, wk, dist_bias, sink_bias in that order, then changed by `edits`. A null in an edit is NaN. A seed is taken only if
+no decision of selection is closer than 1e-4, so lists must be equal everywhere. `python tools/dsa_vectors.py` from the
+repository.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +24,17 @@ from edgeformer.attention import reference as ref  # noqa: E402
 INDEX = ROOT / "tests" / "golden" / "dsa" / "index.json"
 SAMPLES, SMALL, MARGIN = 64, 128, 1e-4
 TENSORS = ("q", "k", "v", "wq", "wk", "dist_bias", "sink_bias")
-SHAPE = {"batch": 1, "q_heads": 2, "kv_heads": 2, "q_rows": 192, "k_rows": 192, "dim": 32, "rank": 8, "dist": 4, "sinks": 1}
+SHAPE = {
+    "batch": 1,
+    "q_heads": 2,
+    "kv_heads": 2,
+    "q_rows": 192,
+    "k_rows": 192,
+    "dim": 32,
+    "rank": 8,
+    "dist": 4,
+    "sinks": 1,
+}
 ATTRIBUTES = {name: field.default for name, field in ref.Config.__dataclass_fields__.items()}
 MIDDLE = {ref.THRESHOLD: 0.2, ref.TOP_P: 0.75, ref.TOP_K: 2.0}
 
@@ -35,6 +46,15 @@ def fill(seed: int, count: int) -> np.ndarray[Any, Any]:
         series = np.cumsum(np.concatenate([np.ones(1, np.uint32), power[:-1]]), dtype=np.uint32)
         s = power * np.uint32(seed) + np.uint32(1013904223) * series
     return (((s >> 8) & 0xFFFF).astype(np.float64) / 32768 - 1).astype(np.float32)
+
+
+class Operands(NamedTuple):
+    """What the reference and the kernels take."""
+
+    config: ref.Config
+    qkv: tuple[ref.Array, ref.Array, ref.Array]
+    scorer: ref.Scorer
+    length: tuple[ref.Array | None, ref.Array | None]
 
 
 def shapes(case: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -61,8 +81,7 @@ def inputs(case: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
     return tensors
 
 
-def operands(case: dict[str, Any]) -> tuple[ref.Config, list[Any], ref.Scorer, list[Any]]:
-    """What the reference and the kernels take: config, [q, k, v], scorer, [q_len, kv_len]."""
+def operands(case: dict[str, Any]) -> Operands:
     t = inputs(case)
     heads, dim, rank = case["q_heads"], case["dim"], case["rank"]
     scorer = ref.Scorer(
@@ -72,24 +91,26 @@ def operands(case: dict[str, Any]) -> tuple[ref.Config, list[Any], ref.Scorer, l
         t["sink_bias"].reshape(heads, -1),
         np.array(case["theta"], np.float32),
     )
-    length = [None if case[x] is None else np.array(case[x], np.int32) for x in ("q_len", "kv_len")]
-    return ref.Config(**{x: case[x] for x in ATTRIBUTES}), [t["q"], t["k"], t["v"]], scorer, length
+    q_len, kv_len = (None if case[x] is None else np.array(case[x], np.int32) for x in ("q_len", "kv_len"))
+    attributes = ref.Config(**{x: case[x] for x in ATTRIBUTES})
+    return Operands(attributes, (t["q"], t["k"], t["v"]), scorer, (q_len, kv_len))
 
 
-def nearest(c: ref.Config, qkv: list[Any], scorer: ref.Scorer, length: list[Any]) -> float:
-    rows = ref.mass_rows(c, qkv[0], qkv[1], scorer, *length)
-    k_rows = qkv[1].shape[2]
-    return min((ref.margin(c, m, r.forced, t, k_rows) for r in rows for m, t in zip(r.mass, scorer.theta)), default=np.inf)
+def nearest(o: Operands) -> float:
+    rows = ref.mass_rows(o.config, o.qkv[0], o.qkv[1], o.scorer, *o.length)
+    heads = ((row, mass, theta) for row in rows for mass, theta in zip(row.mass, o.scorer.theta, strict=True))
+    k_rows = o.qkv[1].shape[2]
+    return min((ref.margin(o.config, mass, row.forced, theta, k_rows) for row, mass, theta in heads), default=np.inf)
 
 
 def ragged(lists: ref.Lists) -> list[list[int]]:
     flat = lists.idx.reshape(-1, lists.idx.shape[-1])
-    return [row[:n].tolist() for row, n in zip(flat, lists.cnt.reshape(-1))]
+    return [row[:n].tolist() for row, n in zip(flat, lists.cnt.reshape(-1), strict=True)]
 
 
 def padded(rows: list[list[int]], shape: tuple[int, ...]) -> ref.Lists:
     idx = np.full((len(rows), shape[-1]), -1, np.int32)
-    for to, row in zip(idx, rows):
+    for to, row in zip(idx, rows, strict=True):
         to[: len(row)] = row
     return ref.Lists(idx.reshape(shape), np.array([len(r) for r in rows], np.int32).reshape(shape[:-1]))
 
@@ -104,8 +125,8 @@ def finish(case: dict[str, Any]) -> dict[str, Any]:
     """Finds a seed whose decisions are clear and adds what must come out."""
     for seed in range(case["seed"], case["seed"] + 400):
         case["seed"] = seed
-        c, qkv, scorer, length = operands(case)
-        near = np.inf if case["exact"] or "lists" in case else nearest(c, qkv, scorer, length)
+        c, qkv, scorer, length = whole_case = operands(case)
+        near = np.inf if case["exact"] or "lists" in case else nearest(whole_case)
         if near >= MARGIN:
             break
     else:
@@ -113,15 +134,31 @@ def finish(case: dict[str, Any]) -> dict[str, Any]:
     if "lists" not in case:
         case["lists"] = ragged(ref.select(c, qkv[0], qkv[1], scorer, *length))
     out = ref.attend(c, *qkv, padded(case["lists"], list_shape(case)), *length).reshape(-1)
-    at = np.arange(out.size) if out.size <= SMALL else np.sort(np.random.default_rng(seed).choice(out.size, SAMPLES, False))
-    keys = np.arange(case["k_rows"]) < (np.array(case["kv_len"]) if case["kv_len"] else np.array([case["k_rows"]]))[:, None]
+    at = np.arange(out.size)
+    if out.size > SMALL:
+        at = np.sort(np.random.default_rng(seed).choice(out.size, SAMPLES, False))
+    keys = np.arange(case["k_rows"]) < ref.lengths(length[1], case["batch"], case["k_rows"])[:, None]
     top = float(np.abs(np.where(keys[:, None, :, None], qkv[2], 0)).max())
     numbers = [None if np.isnan(x) else float(f"{x:.9g}") for x in out[at]]
-    return case | {"margin": None if near == np.inf else round(near, 6), "max_v": top, "at": at.tolist(), "out": numbers}
+    return case | {
+        "margin": None if near == np.inf else round(near, 6),
+        "max_v": top,
+        "at": at.tolist(),
+        "out": numbers,
+    }
 
 
 def case(name: str, **given: Any) -> dict[str, Any]:
-    fixed = {"name": name, "seed": 1, "exact": 0, "compute": 0, "bnhd": 0, "edits": [], "q_len": None, "kv_len": None}
+    fixed: dict[str, Any] = {
+        "name": name,
+        "seed": 1,
+        "exact": 0,
+        "compute": 0,
+        "bnhd": 0,
+        "edits": [],
+        "q_len": None,
+        "kv_len": None,
+    }
     made = fixed | SHAPE | ATTRIBUTES | {"scorer_gain": 6, "theta": None} | given
     heads = made["kv_heads"] if made["select_per_kv"] else made["q_heads"]
     theta = MIDDLE[made["rule"]] if made["theta"] is None else made["theta"]
@@ -135,7 +172,9 @@ def rows(n: int) -> dict[str, int]:
     return {"q_rows": n, "k_rows": n}
 
 
-def whole(name: str, operation: str, n0: int, n1: int, value: float | None, dim: int = 32, b: int = -1, h: int = -1) -> list[Any]:
+def whole(
+    name: str, operation: str, n0: int, n1: int, value: float | None, dim: int = 32, b: int = -1, h: int = -1
+) -> list[Any]:
     return [name, operation, b, h, n0, n1, 0, dim, value]
 
 
@@ -156,7 +195,9 @@ def rule_cases() -> list[dict[str, Any]]:
     made = []
     for rule, thetas in ((0, (0, 1e-3, 0.2, 1, 1.5)), (1, (0, 1e-3, 0.75, 1, 1.5)), (2, (0, 1.9, 3, 100))):
         for theta in thetas:
-            made.append(case(f"rule-{rule}-theta-{theta:g}", rule=rule, theta=float(theta), **rows(257), block_q=32, block_k=32))
+            made.append(
+                case(f"rule-{rule}-theta-{theta:g}", rule=rule, theta=float(theta), **rows(257), block_q=32, block_k=32)
+            )
     made.append(case("rule-0-theta-per-head", theta=[0.05, 0.4], **rows(257)))
     return made
 
@@ -183,7 +224,11 @@ def forced_cases() -> list[dict[str, Any]]:
 
 
 def tie_cases() -> list[dict[str, Any]]:
-    flat = {"scorer_gain": 0, "exact": 1, "edits": [["dist_bias", "set", -1, -1, 0, 1, 0, 9, 0], ["sink_bias", "set", -1, -1, 0, 1, 0, 1, 0]]}
+    flat: dict[str, Any] = {
+        "scorer_gain": 0,
+        "exact": 1,
+        "edits": [["dist_bias", "set", -1, -1, 0, 1, 0, 9, 0], ["sink_bias", "set", -1, -1, 0, 1, 0, 1, 0]],
+    }
     across = flat | {"scorer_gain": 6, "edits": [*flat["edits"], whole("k", "set", 32, 192, 0.25)]}
     wide = dict(block_q=32, block_k=32)
     return [
@@ -203,8 +248,21 @@ def special_cases() -> list[dict[str, Any]]:
         case("nan-score-free-threshold-0", theta=0.0, force_diag=0, edits=nan_score, **wide),
         case("nan-score-free-top_k", rule=2, theta=2.0, force_diag=0, edits=nan_score, **{**wide, "exact": 0}),
         case("nan-score-everywhere", rule=2, theta=2.0, edits=[["dist_bias", "set", -1, -1, 0, 1, 0, 9, None]], **wide),
-        case("huge-scores", rule=2, theta=3.0, edits=[whole("dist_bias", "set", 0, 1, 3.2e38, 3), ["dist_bias", "set", -1, -1, 0, 1, 6, 7, -3e38]], **wide),
-        case("underflow-of-a-one-token-block", **rows(33), theta=0.0, force_diag=0, edits=[["dist_bias", "set", -1, -1, 0, 1, 5, 6, -300]], **wide),
+        case(
+            "huge-scores",
+            rule=2,
+            theta=3.0,
+            edits=[whole("dist_bias", "set", 0, 1, 3.2e38, 3), ["dist_bias", "set", -1, -1, 0, 1, 6, 7, -3e38]],
+            **wide,
+        ),
+        case(
+            "underflow-of-a-one-token-block",
+            **rows(33),
+            theta=0.0,
+            force_diag=0,
+            edits=[["dist_bias", "set", -1, -1, 0, 1, 5, 6, -300]],
+            **wide,
+        ),
     ]
 
 
@@ -229,7 +287,16 @@ def causal_cases() -> list[dict[str, Any]]:
         case("causal-chunk", causal=1, q_rows=50, k_rows=257, q_offset=207, block_k=32),
         case("causal-chunk-odd-offset", causal=1, q_rows=40, k_rows=200, q_offset=33, block_q=32, block_k=32, rule=2),
         case("causal-decode", causal=1, q_rows=1, k_rows=300, q_offset=299, dim=64, scorer_gain=1),
-        case("causal-decode-cache", causal=1, q_rows=1, k_rows=300, q_offset=149, kv_len=[150], scorer_gain=1, edits=[whole(x, "set", 150, 300, None) for x in "kv"]),
+        case(
+            "causal-decode-cache",
+            causal=1,
+            q_rows=1,
+            k_rows=300,
+            q_offset=149,
+            kv_len=[150],
+            scorer_gain=1,
+            edits=[whole(x, "set", 150, 300, None) for x in "kv"],
+        ),
         case("causal-block_q-128-block_k-32", causal=1, **rows(257), block_q=128, block_k=32),
     ]
 
@@ -262,7 +329,9 @@ def list_cases() -> list[dict[str, Any]]:
         given("lists-full", [[0, 1, 2]] * 3),
         given("lists-future-only", [[1, 2], [2], [0]], causal=1),
         given("lists-partly-future", [[0, 2], [0, 1, 2], [2]], causal=1, block_k=64),
-        given("lists-beyond-length", [[0, 2], [2], [1]], kv_len=[70], edits=[whole(x, "set", 70, 192, None) for x in "kv"]),
+        given(
+            "lists-beyond-length", [[0, 2], [2], [1]], kv_len=[70], edits=[whole(x, "set", 70, 192, None) for x in "kv"]
+        ),
         given("lists-strided", [[0], [0, 2], [1]], bnhd=1, dim=64),
     ]
 
@@ -276,7 +345,14 @@ def int8_cases() -> list[dict[str, Any]]:
         case("i8-offset-k", edits=[["k", "add", -1, -1, 0, 192, 3, 4, 20.0]], exact=1, **{**wide, "theta": 3.0}),
         case("i8-outlier-channel-v", edits=[["v", "mul", -1, -1, 0, 192, 7, 8, 30.0]], **wide),
         case("i8-zero-query-row", edits=[whole("q", "set", 5, 6, 0, 64)], **wide),
-        case("i8-causal-padding", causal=1, q_len=[100], kv_len=[100], edits=[whole(x, "set", 100, 192, None, 64) for x in "qkv"], **wide),
+        case(
+            "i8-causal-padding",
+            causal=1,
+            q_len=[100],
+            kv_len=[100],
+            edits=[whole(x, "set", 100, 192, None, 64) for x in "qkv"],
+            **wide,
+        ),
         case("i8-gqa-bnhd-batch-2", batch=2, q_heads=4, bnhd=1, **wide),
     ]
 
@@ -290,8 +366,8 @@ def dense_cases() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    groups = (shape_cases, rule_cases, clamp_cases, forced_cases, tie_cases, special_cases, padding_cases, causal_cases)
-    groups += (head_cases, bias_cases, list_cases, int8_cases, dense_cases)
+    groups = [shape_cases, rule_cases, clamp_cases, forced_cases, tie_cases, special_cases, padding_cases]
+    groups += [causal_cases, head_cases, bias_cases, list_cases, int8_cases, dense_cases]
     made = [finish(one) for group in groups for one in group()]
     lines = ",\n".join(json.dumps(one, separators=(",", ":"), allow_nan=False) for one in made)
     INDEX.parent.mkdir(parents=True, exist_ok=True)

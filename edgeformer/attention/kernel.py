@@ -53,7 +53,7 @@ class CParallel(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(native.library()))
-    lib.dsa_workspace.restype = ctypes.c_size_t
+    lib.dsa_workspace.restype = lib.dsa_workspace_strided.restype = ctypes.c_size_t
     lib.dsa_why.restype = lib.dsa_kernels.restype = ctypes.c_char_p
     return lib
 
@@ -73,7 +73,9 @@ def only(name: str | None) -> Iterator[bool]:
 
 def config(c: Config, q: Any, k: Any, s: Any = None, compute: int = F32) -> CConfig:
     """Of anything with shapes: numpy arrays or torch tensors."""
-    shapes = dict(zip(("batch", "q_heads", "q_rows", "dim"), q.shape, strict=True), kv_heads=k.shape[1], k_rows=k.shape[2])
+    shapes = dict(
+        zip(("batch", "q_heads", "q_rows", "dim"), q.shape, strict=True), kv_heads=k.shape[1], k_rows=k.shape[2]
+    )
     scorer = {"rank": 1, "dist": 0, "sinks": 0}
     if s is not None:
         scorer = {"rank": s.wq.shape[2], "dist": s.dist_bias.shape[1] // 2, "sinks": s.sink_bias.shape[1]}
@@ -85,9 +87,13 @@ def why(c: CConfig) -> str | None:
     return text.decode() if text else None
 
 
-def prepare(name: str, c: CConfig, before: tuple[Any, ...], after: tuple[Any, ...], threads: int = 1) -> Callable[[], None]:
+def prepare(
+    name: str, c: CConfig, before: tuple[Any, ...], after: tuple[Any, ...], threads: int = 1
+) -> Callable[[], None]:
     """A call of the core with its workspace, ready to be repeated."""
-    size = library().dsa_workspace(ctypes.byref(c), threads)
+    strided = any(isinstance(x, CTensor) and x.row != c.dim for x in before)
+    room = library().dsa_workspace_strided if strided else library().dsa_workspace
+    size = room(ctypes.byref(c), threads)
     work = np.zeros(size, np.uint8)
     parallel = ctypes.byref(CParallel(threads, threads, _run)) if threads > 1 else None
     arguments = (ctypes.byref(c), *before, *addresses([work]), ctypes.c_size_t(size), parallel, *after)

@@ -1,8 +1,9 @@
 """
 edgeformer block-DSA in numpy: the definition that every runtime agrees with. Literal and slow on purpose.
 
-`select` scores pooled query blocks against pooled key blocks and keeps some of them; `attend` is exact softmax attention
-over what was kept; `fused` is one after the other. Selection is float32 by definition, attention float64 by default.
+`select` scores pooled query blocks against pooled key blocks and keeps some of them; `attend` is exact softmax
+attention over what was kept; `fused` is one after the other. Selection is float32 by definition, attention float64 by
+default.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ enum { OSXSAVE = 1 << 27, FMA = 1 << 12 };                              /* leaf 
 enum { AVX2 = 1 << 5, F_DQ = 1 << 16 | 1 << 17, BW = 1 << 30 };         /* leaf 7, ebx; VL is bit 31 */
 enum { SAVES_YMM = 0x6, SAVES_ZMM = 0xe6, VNNI = 1 << 11 };             /* xcr0; leaf 7, ecx */
 
-/* By hand: __builtin_cpu_supports needs a run-time table that zig's linked libraries do not fill (it says no to all). */
+/* By hand: __builtin_cpu_supports needs a run-time table that zig's libraries do not fill (it says no to all). */
 unsigned dsa_cpu(void) {
     unsigned a, b, c, d, fma, low, high, have = 0;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & OSXSAVE)) return 0; /* the system does not save vector state */

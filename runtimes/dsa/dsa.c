@@ -83,8 +83,9 @@ typedef struct {
     float *k_scale;        /* i8: [batch][kv_heads][nK] */
     int8_t *k8, *v8;       /* i8: [batch][kv_heads][nK][block_k * dim] each */
     int32_t *v_sum;         /* i8: [batch][kv_heads][nK][dim] */
+    float *k_copy, *v_copy; /* f32, optional: [batch][kv_heads][nK * block_k][dim] */
     char *thread;          /* [threads][thread_bytes] */
-    size_t thread_bytes;
+    size_t thread_bytes, needed; /* bytes of one thread; of all but the copies */
 } memory;
 
 /* Per thread, selecting: the projected key blocks of every head that shares a list, and one row. */
@@ -148,14 +149,23 @@ static memory layout(arena *a, const dsa_config *c, int32_t threads) {
     attend_layout(&other, c);
     m.thread_bytes = one.used > other.used ? one.used : other.used;
     m.thread = take(a, (size_t)threads * m.thread_bytes);
+    m.needed = a->used;
+    m.k_copy = take(a, (1 - i8) * 4 * kv * n * bk * dim);
+    m.v_copy = take(a, (1 - i8) * 4 * kv * n * bk * dim);
     return m;
 }
 
 size_t dsa_workspace(const dsa_config *c, int32_t threads) {
     arena a = {NULL, 0};
     if (dsa_why(c)) return 0;
+    return layout(&a, c, largest(threads, 1)).needed + 64; /* the caller's pointer may have any alignment */
+}
+
+size_t dsa_workspace_strided(const dsa_config *c, int32_t threads) {
+    arena a = {NULL, 0};
+    if (dsa_why(c)) return 0;
     layout(&a, c, largest(threads, 1));
-    return a.used + 64; /* the caller's pointer may have any alignment */
+    return a.used + 64;
 }
 
 /* ---- One call: everything a task needs. */
@@ -171,6 +181,7 @@ typedef struct {
     const int32_t *kept_idx, *kept_cnt;
     float *out;
     const ptrdiff_t *out_strides;
+    int pooled; /* m.k_mean holds the means of the key blocks */
 } call;
 
 typedef void task(void *arg, int32_t i, int32_t thread);
@@ -192,6 +203,7 @@ static dsa_status begin(call *a, const dsa_config *c, void *work, size_t bytes, 
     a->c = c;
     a->set = dsa_best();
     a->m = layout(&place, c, threads);
+    if (c->compute != DSA_F32 || bytes < dsa_workspace_strided(c, threads)) a->m.k_copy = a->m.v_copy = NULL;
     return DSA_OK;
 }
 
@@ -266,11 +278,10 @@ static float exp_of(float x) {
     return (1.0f + p * f) * two_n.f;
 }
 
-/* mass[n] += softmax(z[n]); a row of -inf has no mass. */
+/* mass[n] += softmax(z[n]); a row of -inf has no mass. NaN counts as -inf: it fails every comparison on the way. */
 static void add_mass(float *z, int32_t n, float *mass) {
     float top = NONE, total = 0;
     for (int32_t j = 0; j < n; j++) {
-        if (z[j] != z[j]) z[j] = NONE;
         if (z[j] > MOST) z[j] = MOST;
         if (z[j] > top) top = z[j];
     }
@@ -282,13 +293,13 @@ static void add_mass(float *z, int32_t n, float *mass) {
 
 static void score(const dsa_config *c, const dsa_scorer *s, int32_t h, const float *zq, const float *zk, int32_t at,
                   int32_t n, float *z) {
-    const float *dist = s->dist_bias + (size_t)h * (size_t)(2 * c->dist + 1), *sink = s->sink_bias + (size_t)h * (size_t)c->sinks;
+    const float *dist = s->dist_bias + (size_t)h * (size_t)(2 * c->dist + 1);
     size_t stride = (size_t)k_blocks(c);
     for (int32_t j = 0; j < n; j++) z[j] = 0;
     for (int32_t x = 0; x < c->rank; x++)
         for (int32_t j = 0; j < n; j++) z[j] += zq[x] * zk[(size_t)x * stride + (size_t)j];
     for (int32_t j = 0; j < n; j++) z[j] += dist[largest(-c->dist, least(j - at, c->dist)) + c->dist];
-    for (int32_t j = 0; j < least(n, c->sinks); j++) z[j] += sink[j];
+    for (int32_t j = 0; j < least(n, c->sinks); j++) z[j] += s->sink_bias[(size_t)h * (size_t)c->sinks + (size_t)j];
 }
 
 /* One row to decide: n candidates, blocks below sinks and from near to far are forced. */
@@ -386,7 +397,8 @@ static row row_of(const dsa_config *c, int32_t i, int32_t rows, int32_t n, const
 }
 
 /* mass[n]: this query block's probability over key blocks, averaged over the heads that share the list. */
-static void mass_of(const call *a, const select_scratch *s, int32_t b, int32_t list, int32_t i, int32_t rows, int32_t n) {
+static void mass_of(const call *a, const select_scratch *s, int32_t b, int32_t list, int32_t i, int32_t rows,
+                    int32_t n) {
     const dsa_config *c = a->c;
     int32_t shared = c->q_heads / list_heads(c), at = (c->q_offset + i * c->block_q) / c->block_k;
     for (int32_t j = 0; j < n; j++) s->mass[j] = 0;
@@ -446,14 +458,26 @@ static void select_all(const call *a, const dsa_parallel *p) {
 
 /* ---- Attend. */
 
+/* shift[dim] = the mean of all valid keys, from those of the blocks: selection has read K for them already. */
+static void mean_of_means(const call *a, int32_t kv, float *shift) {
+    const dsa_config *c = a->c;
+    int32_t rows = k_valid(a, kv / c->kv_heads);
+    const float *mean = a->m.k_mean + (size_t)kv * (size_t)k_blocks(c) * (size_t)c->dim;
+    for (int32_t d = 0; d < c->dim; d++) shift[d] = 0;
+    for (int32_t j = 0; j * c->block_k < rows; j++) {
+        float weight = (float)least(c->block_k, rows - j * c->block_k) / (float)rows;
+        for (int32_t d = 0; d < c->dim; d++) shift[d] += mean[j * c->dim + d] * weight;
+    }
+}
+
 /* i8: the mean of K and the scale of V per channel, over the valid tokens of one (batch, kv head). */
 static void measure_kv(void *arg, int32_t i, int32_t thread) {
     const call *a = arg;
     const dsa_config *c = a->c;
     int32_t b = i / c->kv_heads, g = i % c->kv_heads, rows = k_valid(a, b);
     float *shift = a->m.k_shift + (size_t)i * (size_t)c->dim, *scale = a->m.v_scale + (size_t)i * (size_t)c->dim;
-    (void)thread;
-    mean_of(a->set, head_of(a->k, b, g), a->k.row, rows, c->dim, shift);
+    if (!a->pooled) pool_keys(arg, i, thread);
+    mean_of_means(a, i, shift);
     a->set->peaks(head_of(a->v, b, g), a->v.row, rows, c->dim, scale);
     for (int32_t d = 0; d < c->dim; d++) scale[d] = (scale[d] > 1e-30f ? scale[d] : 1e-30f) / 127;
 }
@@ -470,6 +494,23 @@ static void pack_block(void *arg, int32_t i, int32_t thread) {
                    a->m.k_shift + (size_t)kv * dim, a->m.k8 + at * bytes, a->m.k_scale + at);
     a->set->pack_v(head_of(a->v, b, g) + (ptrdiff_t)j * c->block_k * a->v.row, a->v.row, keys, c->dim,
                    a->m.v_scale + (size_t)kv * dim, a->m.v8 + at * bytes, a->m.v_sum + at * dim);
+}
+
+/* Both for all blocks of one (batch, kv head), while K and V are still in the cache. */
+static void pack_head(void *arg, int32_t i, int32_t thread) {
+    int32_t n = k_blocks(((const call *)arg)->c);
+    measure_kv(arg, i, thread);
+    for (int32_t j = 0; j < n; j++) pack_block(arg, i * n + j, thread);
+}
+
+static void pack_all(const call *a, const dsa_parallel *p) {
+    int32_t heads = a->c->batch * a->c->kv_heads;
+    if (!p || heads >= p->threads) {
+        run(p, heads, pack_head, a);
+        return;
+    }
+    run(p, heads, measure_kv, a);
+    run(p, heads * k_blocks(a->c), pack_block, a);
 }
 
 /* Points the strip at key block j. */
@@ -593,16 +634,58 @@ static void attend_block(void *arg, int32_t at, int32_t thread) {
     zero_rows(out, a->out_strides[2], rows, full, c->dim);
 }
 
-static void attend_all(const call *a, const dsa_parallel *p) {
+static void copy_rows(const float *from, ptrdiff_t row, int32_t rows, int32_t dim, float *to) {
+    for (int32_t r = 0; r < rows; r++)
+        for (int32_t d = 0; d < dim; d++) to[r * dim + d] = from[r * row + d];
+}
+
+static void copy_block(void *arg, int32_t i, int32_t thread) {
+    const call *a = arg;
     const dsa_config *c = a->c;
-    if (c->compute == DSA_I8) {
-        run(p, c->batch * c->kv_heads, measure_kv, a);
-        run(p, c->batch * c->kv_heads * k_blocks(c), pack_block, a);
-    }
+    int32_t n = k_blocks(c), kv = i / n, b = kv / c->kv_heads, g = kv % c->kv_heads, from = i % n * c->block_k;
+    int32_t rows = least(c->block_k, k_valid(a, b) - from);
+    size_t to = (size_t)i * (size_t)c->block_k * (size_t)c->dim;
+    (void)thread;
+    copy_rows(head_of(a->k, b, g) + from * a->k.row, a->k.row, rows, c->dim, a->m.k_copy + to);
+    copy_rows(head_of(a->v, b, g) + from * a->v.row, a->v.row, rows, c->dim, a->m.v_copy + to);
+}
+
+/* Rows far apart cost pages and cache sets on every visit; a block is visited by many query blocks. */
+static call with_near_rows(const call *a, const dsa_parallel *p) {
+    const dsa_config *c = a->c;
+    call near = *a;
+    if (!a->m.k_copy || q_blocks(c) == 1 || (a->k.row == c->dim && a->v.row == c->dim)) return near;
+    run(p, c->batch * c->kv_heads * k_blocks(c), copy_block, a);
+    ptrdiff_t head = (ptrdiff_t)k_blocks(c) * c->block_k * c->dim;
+    near.k = (dsa_tensor){a->m.k_copy, c->kv_heads * head, head, c->dim};
+    near.v = (dsa_tensor){a->m.v_copy, c->kv_heads * head, head, c->dim};
+    return near;
+}
+
+static void attend_all(const call *given, const dsa_parallel *p) {
+    const call near = with_near_rows(given, p), *a = &near;
+    const dsa_config *c = a->c;
+    if (c->compute == DSA_I8) pack_all(a, p);
     run(p, c->batch * c->q_heads * q_blocks(c), attend_block, a);
 }
 
 /* ---- The three entry points. */
+
+/* Lists are trusted; a debug build looks at them all the same. */
+static int lists_ok(const call *a) {
+#ifdef DSA_CHECK_LISTS
+    const dsa_config *c = a->c;
+    int32_t kmax = dsa_kmax(c), n = c->batch * list_heads(c) * q_blocks(c);
+    for (int32_t x = 0; a->kept_idx && x < n; x++) {
+        const int32_t *idx = a->kept_idx + (size_t)x * (size_t)kmax, kept = a->kept_cnt[x];
+        if (kept < 0 || kept > kmax) return 0;
+        for (int32_t i = 0; i < kept; i++)
+            if (idx[i] < (i ? idx[i - 1] + 1 : 0) || idx[i] >= k_blocks(c)) return 0;
+    }
+#endif
+    (void)a;
+    return 1;
+}
 
 dsa_status dsa_select(const dsa_config *c, dsa_tensor q, dsa_tensor k, const dsa_scorer *s, dsa_lengths len,
                       void *work, size_t bytes, const dsa_parallel *p, int32_t *idx, int32_t *cnt) {
@@ -615,8 +698,11 @@ dsa_status dsa_select(const dsa_config *c, dsa_tensor q, dsa_tensor k, const dsa
 dsa_status dsa_attend(const dsa_config *c, dsa_tensor q, dsa_tensor k, dsa_tensor v, const int32_t *idx,
                       const int32_t *cnt, dsa_lengths len, void *work, size_t bytes, const dsa_parallel *p, float *out,
                       const ptrdiff_t out_strides[3]) {
-    call a = {.q = q, .k = k, .v = v, .len = len, .kept_idx = idx, .kept_cnt = cnt, .out = out, .out_strides = out_strides};
+    call a = {.q = q, .k = k, .v = v, .len = len, .out = out, .out_strides = out_strides};
+    a.kept_idx = idx;
+    a.kept_cnt = cnt;
     dsa_status status = begin(&a, c, work, bytes, p);
+    if (status == DSA_OK && !lists_ok(&a)) status = DSA_BAD_CONFIG;
     if (status == DSA_OK) attend_all(&a, p);
     return status;
 }
@@ -641,6 +727,7 @@ dsa_status dsa_fused(const dsa_config *c, dsa_tensor q, dsa_tensor k, dsa_tensor
     a.kept_idx = a.idx = a.m.idx;
     a.kept_cnt = a.cnt = a.m.cnt;
     select_all(&a, p);
+    a.pooled = !is_dense(c);
     attend_all(&a, p);
     if (kept) count(&a, kept);
     return DSA_OK;

@@ -1,5 +1,5 @@
 /* edgeformer block-DSA: attention over the key blocks a small scorer keeps, which depend on the input.
- * The only header a binding includes. The core never allocates, starts no thread, keeps no state but dsa_limit's choice.
+ * The only header a binding includes. The core allocates nothing, starts no thread and keeps only dsa_limit's choice.
  * attend is exact over what select kept; fused = attend(select), bit for bit; 1 and n threads give the same bits. */
 #ifndef DSA_H
 #define DSA_H
@@ -32,7 +32,8 @@ typedef struct {
     ptrdiff_t batch, head, row;
 } dsa_tensor;
 
-/* wq, wk [q_heads][dim][rank], dist_bias [q_heads][2*dist+1], sink_bias [q_heads][sinks] (NULL if sinks is 0), theta [Hs] */
+/* wq, wk [q_heads][dim][rank], dist_bias [q_heads][2*dist+1], sink_bias [q_heads][sinks] (NULL if there are none),
+ * theta [Hs] */
 typedef struct {
     const float *wq, *wk, *dist_bias, *sink_bias, *theta;
 } dsa_scorer;
@@ -56,15 +57,21 @@ const char *dsa_why(const dsa_config *c);
 /* Kmax = min(max_blocks or nK, nK): the last axis of idx. */
 int32_t dsa_kmax(const dsa_config *c);
 
-/* Bytes of workspace the three functions below need with this many threads; any alignment. 0 if the config is invalid. */
+/* Bytes of workspace the functions below need with this many threads, at any alignment; 0 if the config is invalid. */
 size_t dsa_workspace(const dsa_config *c, int32_t threads);
 
-/* idx [batch][Hs][nQ][Kmax]: kept key blocks, ascending, padded with -1. cnt [batch][Hs][nQ]: how many; 0 for a padded row. */
+/* The same with room for a copy of K and V. A caller whose K and V rows are not `dim` apart (BNHD) and who passes this
+ * much gets them copied first: the same bits, up to 1.3x faster in f32. Never needed. */
+size_t dsa_workspace_strided(const dsa_config *c, int32_t threads);
+
+/* idx [batch][Hs][nQ][Kmax]: kept key blocks, ascending, padded with -1. cnt [batch][Hs][nQ]: how many; 0 for a query
+ * block that is all padding. */
 dsa_status dsa_select(const dsa_config *c, dsa_tensor q, dsa_tensor k, const dsa_scorer *s, dsa_lengths len,
                       void *work, size_t bytes, const dsa_parallel *p, int32_t *idx, int32_t *cnt);
 
-/* Lists are trusted: ascending, unique, in range. idx NULL: all blocks. Rows with nothing to see and padded rows are 0.
- * out is [batch][head][row][dim] with the strides given for the first three. DSA_I8 wants finite inputs. */
+/* Lists are trusted: ascending, unique, in range (checked with -DDSA_CHECK_LISTS). idx NULL: all blocks.
+ * out is [batch][head][row][dim] with the strides given for the first three. Padded rows and rows with nothing to see
+ * are 0. DSA_I8 wants finite inputs. */
 dsa_status dsa_attend(const dsa_config *c, dsa_tensor q, dsa_tensor k, dsa_tensor v, const int32_t *idx,
                       const int32_t *cnt, dsa_lengths len, void *work, size_t bytes, const dsa_parallel *p, float *out,
                       const ptrdiff_t out_strides[3]);

@@ -36,8 +36,7 @@ typedef const char *ilanes;
 typedef int32_t word32 __attribute__((aligned(1), may_alias));
 
 static inline void store_bytes(int8_t *p, __m256i x) {
-    __m256i pick = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1, -1, -1,
-                                    -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i pick = _mm256_set1_epi32(12 << 24 | 8 << 16 | 4 << 8); /* bytes 0, 4, 8 and 12 of each half */
     __m256i words = _mm256_shuffle_epi8(x, pick);
     *(word32 *)(void *)p = _mm256_extract_epi32(words, 0);
     *(word32 *)(void *)(p + 4) = _mm256_extract_epi32(words, 4);

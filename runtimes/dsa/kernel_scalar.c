@@ -5,6 +5,21 @@
 #define STRIP (2 * WIDTH)
 #include "kernel_plain.h"
 
+static int32_t bits(float x) {
+    union {
+        float f;
+        int32_t i;
+    } u = {x};
+    return u.i;
+}
+
+/* Nearest integer of |x| < 2^22, without libc. */
+static int32_t nearest(float x) { return bits(x + ROUND) - bits(ROUND); }
+
+static int32_t word(int a, int b, int c, int d) {
+    return (int32_t)((uint32_t)(a & 255) | (uint32_t)(b & 255) << 8 | (uint32_t)(c & 255) << 16 | (uint32_t)d << 24);
+}
+
 /* 2^x for x <= 8; below -126 it stays at 2^-126. NaN stays NaN. */
 static float exp2_of(float x) {
     union {

@@ -2,9 +2,11 @@
  *   vec, WIDTH, ROWS (of a register tile; the tile is ROWS x 2 vectors), vload, vstore, vset (broadcast),
  *   vadd, vsub, vmul, vmax (of two, NaN in the second wins), vfma(a, b, sum), vexponent (low bits << 23 as a float),
  *   lanes, lanes_at, lane (four consecutive floats, and one of them in every lane),
- *   vabs, vdiv, ivec, iload, istore, iset, iadd, imul, ixor, ipush(a, b) = a << 8 | (b & 255), to_float, as_int (the bits),
- *   ilanes, ilanes_at (four consecutive words), store_bytes (the low byte of each word), dot4(sum, a, b) and
- *   dot4_lane(sum, a, i, b) with word i of a in every lane: four products of bytes per word; a is unsigned if K_SHIFT. */
+ *   vabs, vdiv, ivec, iload, istore, iset, iadd, imul, ixor, ipush(a, b) = a << 8 | (b & 255), to_float,
+ *   as_int (the bits), ilanes, ilanes_at (four consecutive words), store_bytes (the low byte of each word),
+ *   dot4(sum, a, b) and dot4_lane(sum, a, i, b) with word i of a in every lane: four products of bytes per word,
+ *   K_SHIFT and P_SHIFT: what is added to the bytes of K, subtracted from those of P, because the dot product wants
+ *   one unsigned operand, the first (VNNI), or two signed ones (sdot). */
 #define STRIP (2 * WIDTH)
 #define INLINE static inline __attribute__((always_inline))
 #define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++) /* unrolled: tiles must stay in registers */
@@ -307,7 +309,7 @@ INLINE ivec p_words(const float *s, const int keys, vec from) {
     return P_SHIFT ? ixor(packed, iset((int32_t)0x80808080)) : packed;
 }
 
-/* P is quantised against the maximum of this block (a fine grid even where the block matters little); beta brings it back. */
+/* P is quantised against the maximum of this block: fine even where the block matters little. beta undoes it. */
 static void softmax8(const dsa_strip *t) {
     const float log2_255 = 7.99435343686f;
     const int groups = (t->keys + 3) / 4, rest = t->keys % 4;

@@ -17,7 +17,7 @@ typedef struct {
     float *q;                                 /* [dim][strip], scaled by scale * log2(e) */
     float *s;                                 /* [keys][strip]: logits, then probabilities */
     float *high;                              /* [strip]: highest logit of this block */
-    float *top, *sum, *alpha, *beta;          /* [strip]: running maximum and sum; this step's factors of O and of P V */
+    float *top, *sum, *alpha, *beta;          /* [strip]: running maximum, sum; this step's factors of O and P V */
     float *o;                                 /* [rows][dim], not yet divided by sum */
     const int8_t *k8, *v8;                    /* i8: [keys][dim]; [ceil(keys/4)][dim][4] */
     const int32_t *v_sum;                     /* i8: [dim], sum of v8 over the keys */

@@ -93,8 +93,10 @@ static void edit(inputs *in, const node *e) {
     const int *s = in->shape[t];
     for (size_t at = 0; at < size(s); at++) {
         int d = (int)(at % (size_t)s[3]), r = (int)(at / (size_t)s[3] % (size_t)s[2]);
-        int h = (int)(at / (size_t)s[3] / (size_t)s[2] % (size_t)s[1]), b = (int)(at / size((int[4]){1, s[1], s[2], s[3]}));
-        if ((v[0] >= 0 && b != v[0]) || (v[1] >= 0 && h != v[1]) || r < v[2] || r >= v[3] || d < v[4] || d >= v[5]) continue;
+        int h = (int)(at / (size_t)s[3] / (size_t)s[2] % (size_t)s[1]);
+        int b = (int)(at / size((int[4]){1, s[1], s[2], s[3]}));
+        if ((v[0] >= 0 && b != v[0]) || (v[1] >= 0 && h != v[1])) continue;
+        if (r < v[2] || r >= v[3] || d < v[4] || d >= v[5]) continue;
         float *x = in->data[t] + at;
         *x = !strcmp(operation->text, "set") ? by : !strcmp(operation->text, "add") ? *x + by : *x * by;
     }
@@ -107,9 +109,10 @@ static int32_t *integers(const node *n) {
 }
 
 static dsa_config config(const node *c) {
-    static const char *const fields[] = {"batch", "q_heads", "kv_heads", "q_rows", "k_rows", "dim", "block_q", "block_k",
-                                         "rank", "dist", "sinks", "rule", "min_blocks", "max_blocks", "force_diag", "n_sink",
-                                         "causal", "q_offset", "select_per_kv", "dense_below", "compute"};
+    static const char *const fields[] = {
+        "batch", "q_heads", "kv_heads", "q_rows", "k_rows", "dim", "block_q", "block_k", "rank", "dist", "sinks",
+        "rule", "min_blocks", "max_blocks", "force_diag", "n_sink", "causal", "q_offset", "select_per_kv",
+        "dense_below", "compute"};
     dsa_config made;
     int32_t *to = &made.batch;
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) to[i] = whole(c, fields[i]);
@@ -201,7 +204,8 @@ static const char *run_case(const node *c) {
     int32_t *idx = fresh(4 * rows * (size_t)kmax), *cnt = fresh(4 * rows);
     float *out = fresh(4 * n), *fused = fresh(4 * n), *spare = fresh(4 * (n + 2 * size(in.shape[K])));
     char *work = fresh(bytes + 1);
-    dsa_tensor q = view(&in, Q, bnhd, spare), k = view(&in, K, bnhd, spare + n), v = view(&in, V, bnhd, spare + n + size(in.shape[K]));
+    dsa_tensor q = view(&in, Q, bnhd, spare), k = view(&in, K, bnhd, spare + n);
+    dsa_tensor v = view(&in, V, bnhd, spare + n + size(in.shape[K]));
     dsa_scorer s = {in.data[WQ], in.data[WK], in.data[DIST], in.data[SINK], in.theta};
     dsa_lengths len = {in.q_len, in.kv_len};
     const ptrdiff_t strides[3] = {(ptrdiff_t)f->q_heads * f->q_rows * f->dim, (ptrdiff_t)f->q_rows * f->dim, f->dim};

@@ -5,7 +5,7 @@ included, one thread, process CPU time, interleaved, medians. `python tools/benc
 Sparse rows are `fused` (scoring and attention) with one theta for all heads, bisected to the kept fraction.
 """
 
-# This file's name is also that of a standard module: the script's folder must leave the path before anything is imported.
+# A standard module has this file's name: the script's folder must leave the path before anything is imported.
 import os
 import sys
 
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple  # noqa: E402
 
 import numpy as np  # noqa: E402
 import onnx  # noqa: E402
-import onnxruntime  # noqa: E402
+import onnxruntime  # type: ignore[import-untyped]  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -33,7 +33,7 @@ from edgeformer.attention.reference import Config, Scorer  # noqa: E402
 
 HEADS, RANK, KEPT = 12, 32, (0.5, 0.25, 0.125)
 # Least speedup over ORT, dense and kept .25, and most scoring cost in percent of ORT; per (dim, N).
-GOALS = {
+GOALS: dict[tuple[str, int], dict[int, float]] = {
     ("f32 dense", 64): {512: 1.0, 2048: 1.05, 3584: 1.05},
     ("f32 dense", 32): {512: 1.0, 2048: 1.05, 3584: 1.05},
     ("f32 0.25", 64): {512: 2.9, 2048: 3.5, 3584: 4.0},
@@ -55,7 +55,7 @@ class Entry(NamedTuple):
 def ort_attention(q: Any, k: Any, v: Any) -> Callable[[], Any]:
     """MultiHeadAttention wants [B, N, H * D] and transposes by itself; that is part of what it costs."""
     batch, heads, n, dim = q.shape
-    value = lambda name: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [batch, n, heads * dim])  # noqa: E731
+    value: Any = lambda name: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [batch, n, heads * dim])  # noqa: E731
     node = onnx.helper.make_node("MultiHeadAttention", ["q", "k", "v"], ["o"], domain="com.microsoft", num_heads=heads)
     graph = onnx.helper.make_graph([node], "attention", [value(x) for x in "qkv"], [value("o")])
     opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("com.microsoft", 1)]
@@ -64,7 +64,8 @@ def ort_attention(q: Any, k: Any, v: Any) -> Callable[[], Any]:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     packed = {
-        x: np.ascontiguousarray(t.swapaxes(1, 2)).reshape(batch, n, heads * dim) for x, t in zip("qkv", (q, k, v))
+        x: np.ascontiguousarray(t.swapaxes(1, 2)).reshape(batch, n, heads * dim)
+        for x, t in zip("qkv", (q, k, v), strict=True)
     }
     return lambda: session.run(None, packed)
 
@@ -107,10 +108,13 @@ def theta_for(kept: float, c: Config, q: Any, k: Any, s: Scorer) -> tuple[Scorer
 
 def entries(n: int, dim: int, sets: list[str]) -> list[Entry]:
     rng = np.random.default_rng(n + dim)
-    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+
+    def normal(*shape: int) -> Any:
+        return rng.standard_normal(shape, np.float32)
+
     q, k, v, out = *(normal(1, HEADS, n, dim) for _ in range(3)), np.empty((1, HEADS, n, dim), np.float32)
-    w = [normal(HEADS, dim, RANK) * dim**-0.25 for _ in range(2)]
-    s = Scorer(*w, normal(HEADS, 65) / 2, normal(HEADS, 1), np.zeros(HEADS, np.float32))
+    wq, wk = (normal(HEADS, dim, RANK) * dim**-0.25 for _ in range(2))
+    s = Scorer(wq, wk, normal(HEADS, 65) / 2, normal(HEADS, 1), np.zeros(HEADS, np.float32))
     c, tensors = Config(), (kernel.tensor(q), kernel.tensor(k), kernel.tensor(v))
     made = [Entry(None, "ort", 1.0, ort_attention(q, k, v))]
     lists, none, to = kernel.empty_lists(c, q, k), kernel.lengths(None, None), kernel.output(out)
