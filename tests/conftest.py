@@ -1,6 +1,11 @@
-"""Fixtures that several test files share."""
+"""
+Fixtures that several test files share.
+
+One thread for every numeric library: the matrices are small, and on a busy machine spinning threads are slow.
+"""
 
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +14,8 @@ from typing import Any
 
 import pytest
 
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
 BOARD = Path(__file__).parents[1] / "tools" / "board.py"
 
 

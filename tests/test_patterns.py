@@ -18,7 +18,7 @@ from edgeformer.errors import BadInput
 def fitted(family: str) -> tuple[Any, scorer.Statistics, scorer.Trained]:
     model = make(family)
     found = scorer.collect(model, rows(family, 256, 256, 256), C)
-    return model, found, scorer.train(found, steps=40, batch=2)
+    return model, found, scorer.train(found, scorer.Recipe(steps=40, batch=2))
 
 
 def run(family: str, pattern: patterns.Pattern | None, n: int = 256, padded: bool = False) -> torch.Tensor:

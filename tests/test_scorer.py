@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,35 +64,35 @@ def test_rows_with_padding_give_the_same_statistics() -> None:
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_training_lowers_the_divergence_and_repeats(family: str) -> None:
     found = stats(family)
-    settings: dict[str, Any] = {"steps": 60, "batch": 4, "rank": 8, "dist": 4}
-    one, two = scorer.train(found, **settings), scorer.train(found, **settings)
+    recipe = scorer.Recipe(steps=60, batch=4, rank=8, dist=4)
+    one, two = scorer.train(found, recipe), scorer.train(found, recipe)
     assert one.kl < one.first_kl / 2
     assert all(torch.equal(a, b) for a, b in zip(one.parameters, two.parameters, strict=True))
-    assert not torch.equal(scorer.train(found, **settings, seed=1).parameters.wq, one.parameters.wq)
+    assert not torch.equal(scorer.train(found, replace(recipe, seed=1)).parameters.wq, one.parameters.wq)
 
 
 def test_training_goes_on_from_its_checkpoint_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found, file = stats(), tmp_path / "scorers.safetensors"
     monkeypatch.setattr(scorer, "SAVE_EVERY", 5)
-    settings: dict[str, Any] = {"steps": 20, "batch": 2, "rank": 8}
-    want = scorer.train(found, **settings)
+    recipe = scorer.Recipe(steps=20, batch=2, rank=8)
+    want = scorer.train(found, recipe)
 
     def stop(_what: str, done: int, _total: int) -> None:
         if done == 13:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        scorer.train(found, **settings, checkpoint=file, progress=stop)
+        scorer.train(found, recipe, checkpoint=file, progress=stop)
     steps: list[int] = []
-    again = scorer.train(found, **settings, checkpoint=file, progress=lambda _w, done, _t: steps.append(done))
+    again = scorer.train(found, recipe, checkpoint=file, progress=lambda _w, done, _t: steps.append(done))
     assert steps == list(range(11, 21)), "10 of 13 steps were saved"
     assert all(torch.equal(a, b) for a, b in zip(again.parameters, want.parameters, strict=True))
     assert again.kl == want.kl and [x.name for x in tmp_path.iterdir()] == ["scorers.safetensors"]
     with pytest.raises(BadInput, match="other rows or settings"):
-        scorer.train(found, **{**settings, "batch": 3}, checkpoint=file)
+        scorer.train(found, replace(recipe, batch=3), checkpoint=file)
     file.write_bytes(b"nothing")
     with pytest.raises(BadInput, match="no checkpoint"):
-        scorer.train(found, **settings, checkpoint=file)
+        scorer.train(found, recipe, checkpoint=file)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -99,7 +100,7 @@ def test_training_goes_on_from_its_checkpoint_bit_for_bit(tmp_path: Path, monkey
 @pytest.mark.parametrize("per_head", [False, True])
 def test_calibration_keeps_what_was_asked(family: str, rule: int, per_head: bool) -> None:
     found = scorer.collect(make(family), rows(family, 256, 256, 200), Config(**{**vars(C), "rule": rule}))
-    trained = scorer.train(found, steps=5, batch=2)
+    trained = scorer.train(found, scorer.Recipe(steps=5, batch=2))
     last = 0.0
     for budget in (0.4, 0.75):
         got = scorer.calibrate(found, trained.parameters, budget, per_head=per_head)
@@ -113,7 +114,7 @@ def test_calibration_keeps_what_was_asked(family: str, rule: int, per_head: bool
 def test_the_calibrated_share_is_what_the_operator_keeps() -> None:
     model, given = make("bert"), rows("bert", 256, 256, 200)
     found = scorer.collect(model, given, C)
-    trained = scorer.train(found, steps=20, batch=2)
+    trained = scorer.train(found, scorer.Recipe(steps=20, batch=2))
     settled = scorer.calibrate(found, trained.parameters, 0.5)
     ready = trained.parameters._replace(theta=settled.theta)
     # A scorer after a sparse layer sees other inputs than in calibration, so the first layer alone is compared.
@@ -147,13 +148,15 @@ def test_the_pass_makes_a_sparse_model_and_says_what_it_did() -> None:
     model = models.load(make("bert"), lengths=(64, 256))
     given = arrays(model, 256, 256, 30, 200)
     seen: list[tuple[str, int, int]] = []
-    step = sparsify.dsa(given, budget=0.5, block=16, dense_below=64, steps=30, progress=lambda *x: seen.append(x))
+    step = sparsify.dsa(
+        given, budget=0.5, block=16, dense_below=64, recipe=scorer.Recipe(steps=30), progress=lambda *x: seen.append(x)
+    )
     sparse = step(model)
     assert not swap.scorers(model.module), "the model that was given is untouched"
     facts = sparse.history[-1].facts
     assert sparse.history[-1].name == "sparsify.dsa" and json.loads(json.dumps(facts)) == facts
     assert facts["kept"] == pytest.approx(0.5, abs=0.02) and facts["kl"] < facts["kl_untrained"]
-    assert facts["rows"] == 3 and facts["length"] == 256
+    assert facts["rows"] == 3 and list(facts["theta"]) == ["256"]
     assert len(swap.scorers(sparse.module)) == 2 - len(facts["dense_layers"])
     assert {what for what, _, _ in seen} == {"dense statistics", "train scorers"}
     short, long = model.example(64), model.example(256)
@@ -168,9 +171,26 @@ def test_the_pass_makes_a_sparse_model_and_says_what_it_did() -> None:
         assert torch.equal(a.wq, b.wq) and torch.equal(a.theta, b.theta)
 
 
+def test_thresholds_belong_to_a_length(tmp_path: Path) -> None:
+    model = models.load(make("bert"), lengths=(64, 256))
+    sparse = sparsify.dsa(
+        arrays(model, 256, 256), buckets=(128, 999), block=16, recipe=scorer.Recipe(steps=5), dense_below=0
+    )(model)
+    thetas = sparse.history[-1].facts["theta"]
+    assert list(thetas) == ["128", "256"] and thetas["128"] > thetas["256"] > 0
+    inner = swap.transformer(sparse.module)
+    inner.save_pretrained(tmp_path)
+    again = swap.from_pretrained(type(inner), tmp_path)
+    for holder in (sparse.module, again):
+        for length, bucket in ((100, 128), (128, 128), (129, 256), (500, 256)):
+            assert swap.for_length(holder, length) == bucket
+            found = [float(x.theta[0]) for x in swap.scorers(holder)]
+            assert found == [pytest.approx(thetas[str(bucket)])] * len(found)
+
+
 def test_a_generous_budget_leaves_layers_dense() -> None:
     model = models.load(make("bert"), lengths=(256,))
-    sparse = sparsify.dsa(arrays(model, 256, 256), budget=0.95, block=16, steps=5)(model)
+    sparse = sparsify.dsa(arrays(model, 256, 256), budget=0.95, block=16, recipe=scorer.Recipe(steps=5))(model)
     assert sparse.history[-1].facts["dense_layers"] == [0, 1] and not swap.scorers(sparse.module)
     with torch.no_grad():
         want = model.module(*model.example(256))
@@ -183,7 +203,7 @@ def test_images_and_int8() -> None:
     images = [{"pixel_values": random.standard_normal((3, 80, 80)).astype(np.float32)} for _ in range(3)]
     with pytest.raises(BadInput, match="give `length`"):
         sparsify.dsa(images, block=16)(model)
-    sparse = sparsify.dsa(images, block=16, length=101, int8=True, steps=5, dense_below=0)(model)
+    sparse = sparsify.dsa(images, block=16, length=101, int8=True, recipe=scorer.Recipe(steps=5), dense_below=0)(model)
     assert sparse.history[-1].facts["attention"] == "int8"
     assert all(x.compute == 1 for x in swap.scorers(sparse.module)) and swap.scorers(sparse.module)
 

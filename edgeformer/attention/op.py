@@ -215,7 +215,10 @@ def _call(
         given = ", ".join(f"{field[0]}={getattr(c, field[0])}" for field in c._fields_)
         raise BadInput(f"edgeformer::{name}: {reason}; got {given}")
     threads = torch.get_num_threads()
-    size = kernel.library().dsa_workspace(ctypes.byref(c), threads)
+    # Models hand over rows of all heads side by side (BNHD); with room for a copy the core is faster on those.
+    strided = any(isinstance(x, kernel.CTensor) and x.row != c.dim for x in before)
+    room = kernel.library().dsa_workspace_strided if strided else kernel.library().dsa_workspace
+    size = room(ctypes.byref(c), threads)
     work = torch.empty(size, dtype=torch.uint8)
     parallel = ctypes.byref(kernel.CParallel(threads, threads, _run)) if threads > 1 else None
     function: Callable[..., int] = getattr(kernel.library(), name)

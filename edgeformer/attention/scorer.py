@@ -191,44 +191,53 @@ def divergence(stats: Statistics, parameters: Parameters) -> Tensor:
     return (stats.mass * gap).masked_fill(~candidates, 0.0).sum() / rows
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How scorers are trained: Adam with a cosine rate, on batches of rows. Made for 100 rows of 512 tokens."""
+
+    rank: int = dsa.RANK
+    dist: int = dsa.DIST
+    sinks: int = dsa.SINKS
+    steps: int = 400
+    batch: int = 16
+    rate: float = 2e-2
+    seed: int = 0
+
+
+DECODER = Recipe(steps=150, batch=2, rate=1e-2)  # 5 rows of 2,048 tokens are enough
+
+
 def train(
     stats: Statistics,
+    recipe: Recipe | None = None,
     *,
-    rank: int = dsa.RANK,
-    dist: int = dsa.DIST,
-    sinks: int = dsa.SINKS,
-    steps: int = 400,
-    batch: int = 16,
-    rate: float = 2e-2,
-    seed: int = 0,
     checkpoint: str | Path | None = None,
     progress: Progress = quiet,
 ) -> Trained:
-    """
-    Adam with a cosine rate on batches of rows. Encoders: the defaults and 100 rows of 512 tokens. Decoders: 150 steps
-    of 2 rows at a rate of 1e-2. `checkpoint`: a file that a second call with the same data and settings goes on from.
-    """
+    """`checkpoint`: a file that a second call with the same data and recipe goes on from."""
+    recipe = recipe or (DECODER if stats.config.causal else Recipe())
     count, layers, heads, _, dim = stats.qm.shape
-    random = torch.Generator().manual_seed(seed)
-    start = dsa.fresh(layers * heads, dim, rank=rank, dist=dist, sinks=sinks, generator=random)
+    random = torch.Generator().manual_seed(recipe.seed)
+    sizes = {"rank": recipe.rank, "dist": recipe.dist, "sinks": recipe.sinks}
+    start = dsa.fresh(layers * heads, dim, generator=random, **sizes)
     learned = [x.view(layers, heads, *x.shape[1:]).requires_grad_() for x in start[:4]]
     now = _parameters(learned, torch.zeros(0))
-    optimizer = torch.optim.Adam(learned, lr=rate)
-    recipe = _recipe(stats, rank, dist, sinks, steps, batch, rate, seed)
+    optimizer = torch.optim.Adam(learned, lr=recipe.rate)
+    made_of = _digest(stats, recipe)
     with torch.no_grad():
         first_kl = float(divergence(stats.of(slice(CALIBRATION_ROWS)), now))
-    done = _resume(checkpoint, recipe, learned, optimizer, random)
-    for step in range(done, steps):
+    done = _resume(checkpoint, made_of, learned, optimizer, random)
+    for step in range(done, recipe.steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
-        picked = torch.randint(count, (min(batch, count),), generator=random)
+            group["lr"] = recipe.rate * (1 + math.cos(math.pi * step / recipe.steps)) / 2
+        picked = torch.randint(count, (min(recipe.batch, count),), generator=random)
         loss = divergence(stats.of(picked), now)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
-        progress("train scorers", step + 1, steps)
-        if checkpoint and ((step + 1) % SAVE_EVERY == 0 or step + 1 == steps):
-            _save(Path(checkpoint), recipe, step + 1, learned, optimizer, random)
+        progress("train scorers", step + 1, recipe.steps)
+        if checkpoint and ((step + 1) % SAVE_EVERY == 0 or step + 1 == recipe.steps):
+            _save(Path(checkpoint), made_of, step + 1, learned, optimizer, random)
     with torch.no_grad():
         kl = float(divergence(stats.of(slice(CALIBRATION_ROWS)), now))
     selecting = stats.km.shape[2] if stats.config.select_per_kv else heads
@@ -240,16 +249,21 @@ def _parameters(learned: Sequence[Tensor], theta: Tensor) -> Parameters:
     return Parameters(wq, wk, dist_bias, sink_bias, theta)
 
 
-def _recipe(stats: Statistics, *settings: Any) -> str:
+def _digest(stats: Statistics, recipe: Recipe) -> str:
     """Everything that training depends on, as one digest."""
-    digest = hashlib.sha256(repr((stats.config, settings)).encode())
+    digest = hashlib.sha256(repr((stats.config, recipe)).encode())
     for x in (stats.lengths, stats.qm, stats.km, stats.mass):
         digest.update(repr(tuple(x.shape)).encode() + x.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
 def _save(
-    path: Path, recipe: str, step: int, learned: list[Tensor], optimizer: torch.optim.Optimizer, random: torch.Generator
+    path: Path,
+    made_of: str,
+    step: int,
+    learned: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    random: torch.Generator,
 ) -> None:
     """Whole or not at all."""
     tensors = {"random": random.get_state()}
@@ -257,7 +271,7 @@ def _save(
         tensors |= {f"{i}.value": x.detach()} | {f"{i}.{name}": value for name, value in optimizer.state[x].items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(path) as work:
-        save_file({name: x.contiguous() for name, x in tensors.items()}, work, {"recipe": recipe, "step": str(step)})
+        save_file({name: x.contiguous() for name, x in tensors.items()}, work, {"made_of": made_of, "step": str(step)})
         work.replace(path)
 
 
@@ -272,7 +286,7 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 def _resume(
     path: str | Path | None,
-    recipe: str,
+    made_of: str,
     learned: list[Tensor],
     optimizer: torch.optim.Optimizer,
     random: torch.Generator,
@@ -285,7 +299,7 @@ def _resume(
             made, saved = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{path} is no checkpoint of scorers ({error}); delete it or name another file") from error
-    if made.get("recipe") != recipe:
+    if made.get("made_of") != made_of:
         raise BadInput(f"{path} was made with other rows or settings; delete it or name another file")
     for i, x in enumerate(learned):
         mine = {name.split(".")[1]: value for name, value in saved.items() if name.startswith(f"{i}.")}

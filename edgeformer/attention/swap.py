@@ -15,7 +15,7 @@ eager mode; in an exported graph lengths are the sum of the mask, whatever it ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -146,6 +146,32 @@ def scorer(layer: Layer) -> dsa.Scorer:
 
 def scorers(model: torch.nn.Module) -> tuple[dsa.Scorer, ...]:
     return tuple(m for m in model.modules() if isinstance(m, dsa.Scorer))
+
+
+def set_thetas(model: torch.nn.Module, by_length: Mapping[int, Tensor]) -> None:
+    """
+    Thresholds [L, Hs] for several lengths: a block's mass shrinks as blocks get more, so theta is tied to length. They
+    travel in config.json; the longest is in force until `for_length` picks another.
+    """
+    whole = transformer(model)
+    sparse = [layer for layer in layers(whole) if hasattr(layer.module, SCORER)]
+    getattr(whole.config, RECORD)["theta"] = {
+        str(length): {layer.name: theta[layer.number].tolist() for layer in sparse}
+        for length, theta in sorted(by_length.items())
+    }
+    for_length(model, max(by_length))
+
+
+def for_length(model: torch.nn.Module, length: int) -> int:
+    """Puts in force what was calibrated for the shortest length that holds `length`, else for the longest."""
+    whole = transformer(model)
+    known = {int(n): thetas for n, thetas in getattr(whole.config, RECORD).get("theta", {}).items()}
+    if not known:
+        raise BadInput("this model has one set of thresholds, for no length in particular")
+    bucket = min((n for n in known if n >= length), default=max(known))
+    for name, theta in known[bucket].items():
+        whole.get_submodule(name).get_submodule(SCORER).get_buffer("theta").copy_(torch.tensor(theta))
+    return bucket
 
 
 @contextmanager

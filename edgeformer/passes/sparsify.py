@@ -42,22 +42,22 @@ def dsa(
     *,
     budget: float = 0.5,
     length: int = 0,
+    buckets: Sequence[int] = (),
     block: int = 64,
     rule: int = THRESHOLD,
     per_head: bool = False,
-    rank: int = 16,
     int8: bool = False,
     dense_below: int = DENSE_BELOW,
-    steps: int = 400,
-    rate: float = 2e-2,
-    seed: int = 0,
+    recipe: scorer.Recipe | None = None,
     checkpoint: str | Path | None = None,
     progress: scorer.Progress = scorer.quiet,
 ) -> Pass:
     """
     rows: long texts, or inputs as in `edgeformer.data`; the longer ones serve, cut to `length` (the model's limit).
-    budget: fraction of blocks to keep. block: tokens a side, 32 (finer) or 64 (faster). rule: reference.THRESHOLD,
-    TOP_P or TOP_K. per_head: a budget a head instead of one threshold for all. int8: attention in int8 as well.
+    budget: fraction of blocks to keep. buckets: shorter lengths to calibrate as well (`swap.for_length`).
+    block: tokens a side, 32 (finer) or 64 (faster). rule: reference.THRESHOLD, TOP_P or TOP_K.
+    per_head: a budget a head instead of one threshold for all. int8: attention in int8 as well.
+    recipe: of the scorer training; by default the one for encoders or for decoders.
     checkpoint: a file from which interrupted scorer training goes on.
     """
     if not 0 < budget <= 1:
@@ -72,30 +72,33 @@ def dsa(
         module = copy.deepcopy(model.module)
         config = _with_sink(base, module)
         stats = scorer.collect(module, given, config, progress, 0 if model.lengths else length)
-        trained = scorer.train(
-            stats, rank=rank, steps=steps, rate=rate, seed=seed, checkpoint=checkpoint, progress=progress
-        )
+        trained = scorer.train(stats, recipe, checkpoint=checkpoint, progress=progress)
         found = scorer.calibrate(stats, trained.parameters, budget, per_head=per_head)
+        thetas = {int(stats.lengths.max()): found.theta}
+        for bucket in sorted(n for n in buckets if model.lengths and n < max(thetas)):
+            part = scorer.collect(module, [tuple(x[:, :bucket] for x in row) for row in given], config, progress)
+            thetas[bucket] = scorer.calibrate(part, trained.parameters, budget, per_head=per_head).theta
         dense = [n for n, kept in enumerate(found.kept_by_layer) if kept > DENSE_ABOVE[compute]]
+        kept = [1.0 if n in dense else round(x, 4) for n, x in enumerate(found.kept_by_layer)]
         _install(module, trained.parameters._replace(theta=found.theta), set(dense), config, compute)
+        if len(dense) < len(kept):
+            swap.set_thetas(module, thetas)
         facts = {
             "budget": budget,
-            "kept": round(found.kept, 4),
-            "kept_by_layer": [round(x, 4) for x in found.kept_by_layer],
+            "kept": round(sum(kept) / len(kept), 4),
+            "kept_by_layer": kept,
             "mass_kept": round(found.recall, 4),
             "dense_layers": dense,
-            "theta": _thetas(found.theta),
-            "length": int(stats.lengths.max()),
+            "theta": {str(n): _thetas(theta) for n, theta in sorted(thetas.items())},
             "rows": len(given),
             "kl": round(trained.kl, 5),
             "kl_untrained": round(trained.first_kl, 5),
             "seconds": round(time.perf_counter() - began, 1),
             "rule": rule,
             "block": block,
-            "rank": rank,
+            "rank": trained.parameters.wq.shape[-1],
             "dense_below": dense_below,
             "attention": "int8" if int8 else "fp32",
-            "seed": seed,
         }
         return model.after("sparsify.dsa", module, facts=facts)
 

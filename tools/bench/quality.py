@@ -106,12 +106,12 @@ def wanted(name: str, only: str) -> bool:
 
 
 def fit(
-    model: Any, rows: list[Any], config: Config, **settings: Any
+    model: Any, rows: list[Any], config: Config, recipe: scorer.Recipe | None = None
 ) -> tuple[scorer.Statistics, scorer.Trained, Entry]:
     began = time.process_time()
     stats = scorer.collect(model, rows, config)
     collected = time.process_time() - began
-    trained = scorer.train(stats, **settings)
+    trained = scorer.train(stats, recipe)
     facts = {
         "training_rows": len(rows),
         "tokens": int(stats.lengths.max()),
@@ -249,7 +249,7 @@ def decoder(arguments: argparse.Namespace) -> None:
         return None
     config = Config(block_q=64, block_k=64, n_sink=1)
     training = [{"input_ids": x["input_ids"], "use_cache": False} for x in corpus.training(tokenizer, tokens, 5)]
-    stats, trained, facts = fit(model, training, config, steps=150, batch=2, rate=1e-2)
+    stats, trained, facts = fit(model, training, config)
     want = loss(model, rows, None)
     about |= facts | {"held_out_rows": len(rows), "dense_perplexity": math.exp(float(want.mean()))}
     for name, budget, make in compared(stats, trained, arguments.budgets, None):
@@ -286,7 +286,7 @@ def long_documents(arguments: argparse.Namespace) -> None:
         found = corpus.longtech(folder, split)[:most]
         labels[split] = torch.tensor([x["y"] for x in found])
         rows[split] = [tokenizer(x["text"], truncation=True, max_length=tokens, return_tensors="pt") for x in found]
-    stats, trained, facts = fit(model, corpus.training(tokenizer, tokens, 12), Config(), batch=4)
+    stats, trained, facts = fit(model, corpus.training(tokenizer, tokens, 12), Config(), scorer.Recipe(batch=4))
     head = _head(embed(model, rows["train"], None), labels["train"])
     began = time.process_time()
     dense = embed(model, rows["test"], None)
