@@ -91,25 +91,57 @@ def library(target: str | None = None) -> Path:
     return done / "libdsa.so" if goal.shared else done
 
 
-def binding(format: str, target: str | None = None) -> Path:
-    """The operator inside the runtime of one format, e.g. "onnx": a library that the device's runner registers."""
+def binding(format: str, target: str | None = None, sdk: Path | None = None) -> Path:
+    """
+    The operator inside the runtime of one format, e.g. "onnx": a library that the device's runner registers.
+
+    `sdk` is for ExecuTorch, whose headers it needs: the folder `executorch` of the target's wheel. Without it, the one
+    that is installed here.
+    """
     name, goal = _target(target)
     source = sources() / "bindings" / f"{format}.cc"
     if not source.is_file():
         raise BuildError(f"no binding {format!r}; there are {', '.join(bindings())}")
     if not goal.shared:
         raise BuildError(f"{name} gets object files only (zig has no headers for it); its app links {format} itself")
-    done = cache() / f"{name}-{format}-{_digest(goal, source, source.with_name('binding.h'))}"
+    headers, libraries = _executorch(name, sdk) if format == "executorch" else ([], ["-lpthread"])
+    done = (
+        cache() / f"{name}-{format}-{_digest(goal, source, source.with_name('binding.h'), more=[*headers, *libraries])}"
+    )
     if not done.exists():
         with whole_or_nothing(done) as work:
-            shared = ["-target", goal.triple, "-shared", "-s", "-Wl,-Bsymbolic", "-o", str(work / binding_name(format))]
-            unit = ["-target", goal.triple, *BINDING_FLAGS, f"-I{sources() / 'dsa'}", "-c", str(source)]
-            objects = _compile(goal, work, [])
-            zig(*unit, "-o", str(work / f"{format}.o"))
-            zig(*shared, str(work / f"{format}.o"), *objects, "-lpthread")
-            for path in work.glob("*.o"):
-                path.unlink()
+            objects = [*_compile(goal, work, []), str(work / f"{format}.o")]
+            unit = [*BINDING_FLAGS, f"-I{sources() / 'dsa'}", *headers, "-c", str(source), "-o", objects[-1]]
+            zig("-target", goal.triple, *unit)
+            shared = ["-shared", "-s", "-Wl,-Bsymbolic", "-o", str(work / binding_name(format))]
+            zig("-target", goal.triple, *shared, *objects, *libraries)
+            for path in objects:
+                Path(path).unlink()
     return done / binding_name(format)
+
+
+def _executorch(name: str, sdk: Path | None) -> tuple[list[str], list[str]]:
+    """Flags to compile and to link with ExecuTorch. The definitions must be those its own libraries were built with."""
+    found = find_spec("executorch") if sdk is None and name == host() else None
+    places = [sdk] if sdk else [Path(p) for p in (found.submodule_search_locations or ())] if found else []
+    folder = next((p for p in places if (p / "lib" / "libexecutorch.so").is_file()), None)
+    if folder is None:
+        raise BuildError(
+            f"the executorch binding for {name} needs that platform's executorch wheel, unpacked (sdk=...)"
+        )
+    include = folder / "include"
+    defined = ("C10_USING_CUSTOM_GENERATED_MACROS", "ET_EVENT_TRACER_ENABLED", "ET_USE_THREADPOOL")
+    headers = [include, include / "executorch" / "runtime" / "core" / "portable_type" / "c10"]
+    libraries = ["-lexecutorch", "-lexecutorch_threadpool", "-Wl,--allow-shlib-undefined", "-lc++", "-lpthread"]
+    return (
+        [
+            *(f"-D{d}" for d in defined),
+            *(f"-isystem{h}" for h in headers),
+            "-lc++",
+            "-Wno-unused-command-line-argument",
+        ],
+        [f"-L{folder / 'lib'}", *libraries, "-Wl,-rpath,$ORIGIN"],
+    )
 
 
 def bindings() -> list[str]:
@@ -159,11 +191,10 @@ def _target(name: str | None) -> tuple[str, Target]:
     return name, TARGETS[name]
 
 
-def _digest(goal: Target, *more: Path) -> str:
-    digest = hashlib.sha256(
-        repr((goal, FLAGS, BINDING_FLAGS, [(p.name, f) for p, f in units(goal)], _zig_version())).encode()
-    )
-    for path in (*sorted((sources() / "dsa").iterdir()), *more):
+def _digest(goal: Target, *files: Path, more: list[str] | None = None) -> str:
+    flags = (FLAGS, BINDING_FLAGS, more or [], [(p.name, f) for p, f in units(goal)])
+    digest = hashlib.sha256(repr((goal, flags, _zig_version())).encode())
+    for path in (*sorted((sources() / "dsa").iterdir()), *files):
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:24]
 

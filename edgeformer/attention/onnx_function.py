@@ -42,7 +42,6 @@ _BODY = """
   axis1 = Constant <value_ints = [1]> ()
   axis2 = Constant <value_ints = [2]> ()
   last = Constant <value_ints = [-1]> ()
-  middle = Constant <value_ints = [1, 2]> ()
   outer = Constant <value_ints = [1, 3]> ()
   none = Constant <value_float = 0.0> ()
   unit = Constant <value_float = 1.0> ()
@@ -221,17 +220,21 @@ _BODY = """
   found_or_added = Or (found, added)
   keep = And (found_or_added, candidate)
 
-  # The mask of tokens, from blocks by rows; -1e30 is out of reach of any logit and never NaN.
+  # The mask of tokens is part of the product: each query carries its block's bias for every key block, each key says
+  # which block it is in and whether it is valid. No pass over the scores, no mask of their size. -1e30 is out of reach
+  # of any logit and never NaN.
   block_bias = Where (keep, none, never)
-  key_bias = Gather <axis = 3> (block_bias, u_block)
-  u_valid_row = Unsqueeze (u_valid, middle)
-  valid_bias = Where (u_valid_row, key_bias, never)
-  token_bias = Gather <axis = 2> (valid_bias, t_block)
-  position = Add (t, offset)
-  position_col = Unsqueeze (position, axis1)
-  seen = LessOrEqual (u, position_col)
-  seen_or_free = Or (seen, free)
-  causal_bias = Where (seen_or_free, none, never)
+  row_bias = Gather <axis = 2> (block_bias, t_block)
+  valid_bias_shape = Concat <axis = 0> (b_1, hq_1, nq_1, axis1)
+  valid_bias = Expand (never, valid_bias_shape)
+  u_in_block = Transpose <perm = [1, 0]> (j_of_u)
+  u_block_float = Cast <to = 1> (u_in_block)
+  u_block_shape = Concat <axis = 0> (b_1, hq_1, nk_1, kb_1)
+  u_block4 = Expand (u_block_float, u_block_shape)
+  u_invalid = Not (u_valid4)
+  u_invalid_float = Cast <to = 1> (u_invalid)
+  u_invalid_shape = Concat <axis = 0> (b_1, hq_1, nk_1, axis1)
+  u_invalid4 = Expand (u_invalid_float, u_invalid_shape)
 
   # Attend. A row sees something if its first kept block starts before it.
   d_float = Cast <to = 1> (d_1)
@@ -240,10 +243,20 @@ _BODY = """
   scale_missing = Equal (scale_given, none)
   scale_used = Where (scale_missing, scale_default, scale_given)
   q_scaled = Mul (q_clean, scale_used)
-  k_t = Transpose <perm = [0, 1, 3, 2]> (k_head)
-  logits = MatMul (q_scaled, k_t)
-  logits_kept = Add (logits, token_bias)
-  logits_seen = Add (logits_kept, causal_bias)
+  q_masked = Concat <axis = -1> (q_scaled, row_bias, valid_bias)
+  k_masked = Concat <axis = -1> (k_head, u_block4, u_invalid4)
+  k_t = Transpose <perm = [0, 1, 3, 2]> (k_masked)
+  logits = MatMul (q_masked, k_t)
+  position = Add (t, offset)
+  logits_seen = If (free) <
+    then_branch = everything () => (all_logits) { all_logits = Identity (logits) },
+    else_branch = the_past () => (past_logits) {
+      column = Unsqueeze (position, axis1)
+      seen = LessOrEqual (u, column)
+      causal_bias = Where (seen, none, never)
+      past_logits = Add (logits, causal_bias)
+    }
+  >
   weights = Softmax <axis = -1> (logits_seen)
   mixed = MatMul (weights, v_head)
   keep_start = Where (keep, j_start, nowhere)

@@ -1,0 +1,131 @@
+"""DSA in ExecuTorch: the kernel in the Python runtime, and in a C++ runner that CMake builds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import dsa_cases
+import numpy as np
+import pytest
+
+from edgeformer import native
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("executorch")
+pytest.importorskip("ziglang")
+import sparse_models  # noqa: E402
+
+pytestmark = pytest.mark.slow
+LENGTH = 70
+
+# Runs in a process of its own, because a registered kernel stays. Prints calls, kernels and outputs.
+SCRIPT = """
+import ctypes, json, sys, numpy, torch
+from executorch.runtime import Runtime
+runtime, c = Runtime.get(), None
+if len(sys.argv) > 2:
+    c = ctypes.CDLL(sys.argv[2])
+    c.edgeformer_dsa_kernels.restype = ctypes.c_char_p
+    assert "edgeformer::dsa.out" in runtime.operator_registry.operator_names
+said = {}
+for name in sys.argv[1].split(","):
+    inputs = [torch.from_numpy(x) for x in numpy.load(name + ".npz").values()]
+    method = runtime.load_program(name + ".pte").load_method("forward")
+    if c:
+        c.edgeformer_dsa_reset()
+    numpy.save(name + ".out", method.execute(inputs)[0].numpy())
+    said[name] = c.edgeformer_dsa_calls() if c else 0
+print(json.dumps([said, c.edgeformer_dsa_kernels().decode() if c else ""]))
+"""
+
+
+class One(torch.nn.Module):  # type: ignore[misc, name-defined]
+    """A single call, with the lengths it was given."""
+
+    def __init__(self, case: dsa_cases.Case) -> None:
+        super().__init__()
+        self.attributes, self.given = case.attributes, [x is not None for x in case.operands]
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        rest = iter(tensors)
+        return torch.ops.edgeformer.dsa(*(next(rest) if there else None for there in self.given), **self.attributes)
+
+
+def lowered(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> bytes:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    sparse_models.define_out()
+    graph = torch.export.export(module.eval(), inputs)
+    return bytes(to_edge_transform_and_lower(graph, partitioner=[XnnpackPartitioner()]).to_executorch().buffer)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """NAME.pte, NAME.npz (inputs) and NAME.want.npy for some single calls and for an encoder."""
+    folder = tmp_path_factory.mktemp("pte")
+    chosen = [c for c in dsa_cases.PLAIN + dsa_cases.RULES if c.name in ("tail", "padded", "gqa", "per-kv", "top-p", "most")]
+    for case in chosen:
+        operands = [x for x in case.operands if x is not None]
+        (folder / f"{case.name}.pte").write_bytes(lowered(One(case), tuple(map(torch.from_numpy, operands))))
+        np.savez(folder / case.name, *operands)
+        np.save(folder / f"{case.name}.want", case.expected())
+    model = sparse_models.model(lengths=(LENGTH,))
+    rows = [x.astype(np.int64) for x in sparse_models.rows(1, LENGTH).values()]
+    inputs = tuple(map(torch.from_numpy, rows))
+    (folder / "encoder.pte").write_bytes(lowered(model.module, inputs))
+    np.savez(folder / "encoder", *rows)
+    np.save(folder / "encoder.want", model.module(*inputs).numpy())
+    return folder
+
+
+def run(folder: Path, names: list[str], *library: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", SCRIPT, ",".join(names), *library]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_kernel(files: Path) -> None:
+    names = sorted(path.stem for path in files.glob("*.pte"))
+    done = run(files, names, str(native.binding("executorch")))
+    assert done.returncode == 0, done.stderr[-800:]
+    calls, kernels = json.loads(done.stdout.splitlines()[-1])
+    assert calls == {name: sparse_models.LAYERS if name == "encoder" else 1 for name in names}
+    assert kernels and len(names) == 7
+    for name in names:
+        out, want = np.load(files / f"{name}.out.npy"), np.load(files / f"{name}.want.npy")
+        np.testing.assert_allclose(out, want, rtol=0, atol=5e-6, err_msg=name)
+
+
+def test_without_the_kernel_the_method_does_not_load(files: Path) -> None:
+    done = run(files, ["tail"])
+    assert done.returncode and "edgeformer::dsa.out" in done.stderr
+
+
+def test_another_platform_needs_its_wheel() -> None:
+    with pytest.raises(native.BuildError, match="needs that platform's executorch wheel"):
+        native.binding("executorch", "linux-aarch64")
+
+
+@pytest.mark.skipif(not shutil.which("cmake") or not shutil.which("g++"), reason="needs cmake and g++")
+def test_a_cpp_runner_links_it(files: Path, tmp_path: Path) -> None:
+    import executorch
+
+    site = Path(next(iter(executorch.__path__))).parent
+    folder = native.sources() / "bindings" / "executorch"
+    configure = ["cmake", "-S", str(folder), "-B", str(tmp_path), f"-DCMAKE_PREFIX_PATH={site / 'executorch'}"]
+    for command in (configure, ["cmake", "--build", str(tmp_path)]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-1500:]
+    rows = np.load(files / "encoder.npz")
+    for i, x in enumerate(rows.values()):
+        (tmp_path / f"{i}.bin").write_bytes(x.tobytes())
+    arguments = [str(files / "encoder.pte"), str(LENGTH), "0.bin", "1.bin", "out.bin"]
+    done = subprocess.run([str(tmp_path / "dsa_runner"), *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-800:]
+    out = np.frombuffer((tmp_path / "out.bin").read_bytes(), np.float32)
+    np.testing.assert_allclose(out, np.load(files / "encoder.want.npy").reshape(-1), rtol=0, atol=5e-6)
+    assert json.loads(done.stdout)["native_calls"] == sparse_models.LAYERS
