@@ -1,35 +1,30 @@
 """
 Times block-DSA against ONNX Runtime's MultiHeadAttention: every kernel set, dense and sparse, f32 and int8, scoring
-included, one thread, process CPU time, interleaved, medians. `python tools/bench/operator.py --quick` takes a minute.
+included, one thread, process CPU time, interleaved, medians. `python tools/bench/attention.py --quick` takes a minute.
 
 Sparse rows are `fused` (scoring and attention) with one theta for all heads, bisected to the kept fraction.
 """
 
-# A standard module has this file's name: the script's folder must leave the path before anything is imported.
+import argparse
+import ctypes
+import json
 import os
-import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import numpy as np
+import onnx
+import onnxruntime  # type: ignore[import-untyped]
+from rich.console import Console
+from rich.table import Table
 
-import argparse  # noqa: E402
-import ctypes  # noqa: E402
-import json  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from dataclasses import replace  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any, NamedTuple  # noqa: E402
-
-import numpy as np  # noqa: E402
-import onnx  # noqa: E402
-import onnxruntime  # type: ignore[import-untyped]  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-
-from edgeformer import native  # noqa: E402
-from edgeformer.attention import kernel  # noqa: E402
-from edgeformer.attention.reference import Config, Scorer  # noqa: E402
+from edgeformer import native
+from edgeformer.attention import kernel
+from edgeformer.attention.reference import Config, Scorer
 
 HEADS, RANK, KEPT = 12, 32, (0.5, 0.25, 0.125)
 # Least speedup over ORT, dense and kept .25, and most scoring cost in percent of ORT; per (dim, N).
@@ -208,7 +203,7 @@ def main() -> None:
     parser.add_argument("--n", type=lambda x: [int(n) for n in x.split(",")], help="lengths, separated by commas")
     parser.add_argument("--sets", type=lambda x: x.split(","), help="kernel sets (default: all this CPU has)")
     parser.add_argument("--seconds", type=float, default=10, help="per length and dim")
-    parser.add_argument("--json", type=Path, default=Path("bench-operator.json"))
+    parser.add_argument("--json", type=Path, default=Path("bench-attention.json"))
     given = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
