@@ -52,7 +52,7 @@ def test_the_manifest_says_what_was_built(tmp_path: Path, config_home: Path) -> 
     assert int8.work[0].flops == 0 and int8.work[0].int8_ops == fp32.work[0].flops
     assert fp32.predicted.kind == "modelled" and fp32.predicted.device == "raspberry-pi-4"
     assert fp32.predicted.metrics.latency_ms is not None and fp32.predicted.low < 1 < fp32.predicted.high
-    assert [step.name for step in manifest.history] == ["load", "export.onnx", "export.onnx"]
+    assert [step.name for step in manifest.history] == ["load", "attention", "export.onnx", "export.onnx"]
     assert fp32.size_bytes == manifest.files[fp32.path].size
     assert str(tmp_path) not in (bundle.path / "manifest.json").read_text()
 

@@ -252,6 +252,7 @@ def run(*command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cpu, best", [("cortex-a72", "neon"), ("max", "neon_dotprod")])
 def test_vectors_on_arm(cpu: str, best: str) -> None:
     """On a Cortex-A72 a dot product is an illegal instruction: using one ends the program."""
@@ -265,6 +266,7 @@ def test_vectors_on_arm(cpu: str, best: str) -> None:
         assert "cannot run" in run(qemu, "-cpu", cpu, arm, str(INDEX), "neon_dotprod")
 
 
+@pytest.mark.slow
 def test_vectors_with_sanitizers(tmp_path: Path) -> None:
     gcc = shutil.which("gcc")
     if not gcc or native.host() != "linux-x86_64":

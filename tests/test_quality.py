@@ -25,6 +25,7 @@ def run(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_missing_data_is_named(tmp_path: Path) -> None:
     found = run(tmp_path, "--data", str(tmp_path / "nowhere"))
     assert found["rows"] == [] and len(found["skipped"]) == 2
