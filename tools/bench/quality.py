@@ -248,7 +248,10 @@ def decoder(arguments: argparse.Namespace) -> None:
     if not rows:
         return None
     config = Config(block_q=64, block_k=64, n_sink=1)
-    training = [{"input_ids": x["input_ids"], "use_cache": False} for x in corpus.training(tokenizer, tokens, arguments.decoder_train)]
+    training = [
+        {"input_ids": x["input_ids"], "use_cache": False}
+        for x in corpus.training(tokenizer, tokens, arguments.decoder_train)
+    ]
     stats, trained, facts = fit(model, training, config)
     want = loss(model, rows, None)
     about |= facts | {"held_out_rows": len(rows), "dense_perplexity": math.exp(float(want.mean()))}
