@@ -160,14 +160,22 @@ def test_gradients_flow_through_a_sparse_model() -> None:
     assert query is not None and torch.isfinite(query).all() and query.abs().max() > 0
 
 
-def test_half_precision_models_keep_a_float_scorer() -> None:
-    model = make("bert").to(torch.bfloat16)
-    given = inputs("bert")
-    want = hidden(model, given)
+def test_half_precision_models_keep_a_float_scorer(tmp_path: Path) -> None:
+    model, given = make("bert"), inputs("bert")
+    put(model, 0.1)
+    model = model.to(torch.bfloat16)
+    assert model.encoder.layer[0].attention.self.query.weight.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    again = swap.from_pretrained(hf.AutoModel, tmp_path).eval()
+    for one in (model, again):
+        assert {x.dtype for x in swap.scorers(one)[0].parameters_of()} == {torch.float32}
+        assert float(swap.scorers(one)[0].theta[0]) == pytest.approx(0.1, abs=1e-7)
+        assert hidden(one, given).dtype == torch.bfloat16
+    assert torch.equal(hidden(again, given), hidden(model, given))
     put(model, 0.0)
-    assert swap.scorers(model)[0].wq.dtype == torch.float32
     found = hidden(model, given)
-    assert found.dtype == torch.bfloat16
+    model.set_attn_implementation("sdpa")
+    want = hidden(model, given)
     assert torch.nn.functional.cosine_similarity(found.float(), want.float(), dim=-1).min() > 0.99
 
 

@@ -9,6 +9,7 @@ Shapes: q [B,Hq,Nq,D], k and v [B,Hkv,Nk,D]; masks of blocks are [B,Hs,nQ,nK], T
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -50,6 +51,16 @@ class Scorer(torch.nn.Module):
             **op.selection(config), compute=self.compute, scale=scale,
         )  # fmt: skip
         return found.to(q.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Scorer:
+        """`model.half()` and the like move a scorer but leave it float32: a rounded theta would keep other blocks."""
+
+        def move(x: Tensor) -> Tensor:
+            moved = fn(x)
+            return moved if moved.dtype == x.dtype else x.to(moved.device)
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def parameters_of(self) -> Parameters:
         return Parameters(*(getattr(self, name) for name in Parameters._fields))

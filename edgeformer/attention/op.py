@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -231,6 +232,9 @@ def _call(
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "edgeformer-dsa")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has the pool but not its threads
 
 
 def _run_tasks(threads: int | None, tasks: int, task: Callable[[int | None, int, int], None], arg: int | None) -> None:

@@ -216,7 +216,9 @@ def from_pretrained(kind: Any, folder: str | Path) -> Any:
             self.get_submodule(name).add_module(SCORER, dsa.Scorer(blank, attributes, record["compute"]))
 
     # A class of the same name whose instances have scorers from the start: transformers' own loader then fills them.
-    made: Any = type(kind.__name__, (kind,), {"__init__": with_scorers, "__module__": kind.__module__})
+    floats = [*(getattr(kind, "_keep_in_fp32_modules_strict", None) or []), SCORER]
+    members = {"__init__": with_scorers, "__module__": kind.__module__, "_keep_in_fp32_modules_strict": floats}
+    made: Any = type(kind.__name__, (kind,), members)
     model = made.from_pretrained(folder, attn_implementation=NAME)
     model.__class__ = kind
     setattr(model.config, RECORD, record)

@@ -248,7 +248,10 @@ def decoder(arguments: argparse.Namespace) -> None:
     if not rows:
         return None
     config = Config(block_q=64, block_k=64, n_sink=1)
-    training = [{"input_ids": x["input_ids"], "use_cache": False} for x in corpus.training(tokenizer, tokens, 5)]
+    training = [
+        {"input_ids": x["input_ids"], "use_cache": False}
+        for x in corpus.training(tokenizer, tokens, arguments.decoder_train)
+    ]
     stats, trained, facts = fit(model, training, config)
     want = loss(model, rows, None)
     about |= facts | {"held_out_rows": len(rows), "dense_perplexity": math.exp(float(want.mean()))}
@@ -334,6 +337,7 @@ def main() -> None:
     parser.add_argument("--train-rows", type=int, default=100)
     parser.add_argument("--decoder", action="store_true", help=f"SmolLM2 instead; needs: {GET_DECODER}")
     parser.add_argument("--decoder-rows", type=int, default=4)
+    parser.add_argument("--decoder-train", type=int, default=5)
     parser.add_argument("--longtech", action="store_true", help="MiniLM at 4,096 tokens on LongTech-KEP instead")
     parser.add_argument("--long-train", type=int, default=291)
     parser.add_argument("--long-test", type=int, default=108)
