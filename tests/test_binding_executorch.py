@@ -68,7 +68,9 @@ def lowered(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> bytes:
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """NAME.pte, NAME.npz (inputs) and NAME.want.npy for some single calls and for an encoder."""
     folder = tmp_path_factory.mktemp("pte")
-    chosen = [c for c in dsa_cases.PLAIN + dsa_cases.RULES if c.name in ("tail", "padded", "gqa", "per-kv", "top-p", "most")]
+    chosen = [
+        c for c in dsa_cases.PLAIN + dsa_cases.RULES if c.name in ("tail", "padded", "gqa", "per-kv", "top-p", "most")
+    ]
     for case in chosen:
         operands = [x for x in case.operands if x is not None]
         (folder / f"{case.name}.pte").write_bytes(lowered(One(case), tuple(map(torch.from_numpy, operands))))
