@@ -161,18 +161,12 @@ def _reach(a: Blocks, offset: int | None) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, a: Blocks, b: Blocks, offset: int | None) -> Tensor:
-    """
-    The mask is part of the product: each query carries its block's bias for every key block, each key says which block
-    it is in and whether it is valid. `offset` is the position of row 0 in a causal attention.
-    """
+    """The blocks' bias is added in five axes; `offset` is the position of row 0 in a causal attention."""
     batch, heads, rows, _ = q.shape
-    keys = k.shape[2]
-    bias = ((1 - keep) * OUT)[:, :, :, None].expand(batch, heads, a.number, a.size, b.number)
-    block = (torch.arange(keys) // b.size)[:, None] == torch.arange(b.number)[None]
-    invalid = (1 - b.valid).reshape(batch, 1, keys, 1).expand(batch, heads, keys, 1)
-    asks = (q, bias.reshape(batch, heads, rows, b.number), torch.full((batch, heads, rows, 1), OUT))
-    says = (k, block.to(q.dtype)[None, None].expand(batch, heads, keys, b.number), invalid)
-    logits = torch.cat(asks, -1) @ torch.cat(says, -1).transpose(-1, -2)
+    keys, all_ = k.shape[2], batch * heads
+    logits = (q @ k.transpose(-1, -2)).reshape(all_, a.number, a.size, b.number, b.size)
+    logits = logits + ((1 - keep) * OUT).reshape(all_, a.number, 1, b.number, 1)
+    logits = logits.reshape(batch, heads, rows, keys) + ((1 - b.valid) * OUT).reshape(batch, 1, 1, keys)
     if offset is not None:
         future = torch.arange(keys)[None] > torch.arange(rows)[:, None] + offset
         logits = logits + torch.where(future, OUT, 0.0)
