@@ -210,3 +210,17 @@ def test_the_schema_is_the_reference_config() -> None:
     names = {*onnx_function.INTEGERS, "scale"} - {"compute"}
     assert names == set(vars(ref.Config())) and onnx_function.OPERANDS == dsa_cases.ORDER
     assert {k: v for k, v in onnx_function.INTEGERS.items() if k != "compute"}.items() <= vars(ref.Config()).items()
+
+
+def test_libraries_are_cached_and_say_where_they_cannot_be_built() -> None:
+    assert native.binding("onnx") == LIBRARY and native.bindings() == ["executorch", "litert", "onnx"]
+    with pytest.raises(native.BuildError, match="no binding 'tensorflow'; there are executorch, litert, onnx"):
+        native.binding("tensorflow")
+    with pytest.raises(native.BuildError, match="object files only"):
+        native.binding("onnx", "android-aarch64")
+
+
+def test_a_library_names_no_machine() -> None:
+    for target in ("linux-x86_64", "linux-aarch64"):
+        data = native.binding("onnx", target).read_bytes()
+        assert str(Path.home()).encode() not in data and str(native.sources()).encode() not in data
