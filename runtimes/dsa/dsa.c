@@ -181,6 +181,7 @@ typedef struct {
     const int32_t *kept_idx, *kept_cnt;
     float *out;
     const ptrdiff_t *out_strides;
+    int pooled; /* m.k_mean holds the means of the key blocks */
 } call;
 
 typedef void task(void *arg, int32_t i, int32_t thread);
@@ -457,14 +458,26 @@ static void select_all(const call *a, const dsa_parallel *p) {
 
 /* ---- Attend. */
 
+/* shift[dim] = the mean of all valid keys, from those of the blocks: selection has read K for them already. */
+static void mean_of_means(const call *a, int32_t kv, float *shift) {
+    const dsa_config *c = a->c;
+    int32_t rows = k_valid(a, kv / c->kv_heads);
+    const float *mean = a->m.k_mean + (size_t)kv * (size_t)k_blocks(c) * (size_t)c->dim;
+    for (int32_t d = 0; d < c->dim; d++) shift[d] = 0;
+    for (int32_t j = 0; j * c->block_k < rows; j++) {
+        float weight = (float)least(c->block_k, rows - j * c->block_k) / (float)rows;
+        for (int32_t d = 0; d < c->dim; d++) shift[d] += mean[j * c->dim + d] * weight;
+    }
+}
+
 /* i8: the mean of K and the scale of V per channel, over the valid tokens of one (batch, kv head). */
 static void measure_kv(void *arg, int32_t i, int32_t thread) {
     const call *a = arg;
     const dsa_config *c = a->c;
     int32_t b = i / c->kv_heads, g = i % c->kv_heads, rows = k_valid(a, b);
     float *shift = a->m.k_shift + (size_t)i * (size_t)c->dim, *scale = a->m.v_scale + (size_t)i * (size_t)c->dim;
-    (void)thread;
-    mean_of(a->set, head_of(a->k, b, g), a->k.row, rows, c->dim, shift);
+    if (!a->pooled) pool_keys(arg, i, thread);
+    mean_of_means(a, i, shift);
     a->set->peaks(head_of(a->v, b, g), a->v.row, rows, c->dim, scale);
     for (int32_t d = 0; d < c->dim; d++) scale[d] = (scale[d] > 1e-30f ? scale[d] : 1e-30f) / 127;
 }
@@ -481,6 +494,23 @@ static void pack_block(void *arg, int32_t i, int32_t thread) {
                    a->m.k_shift + (size_t)kv * dim, a->m.k8 + at * bytes, a->m.k_scale + at);
     a->set->pack_v(head_of(a->v, b, g) + (ptrdiff_t)j * c->block_k * a->v.row, a->v.row, keys, c->dim,
                    a->m.v_scale + (size_t)kv * dim, a->m.v8 + at * bytes, a->m.v_sum + at * dim);
+}
+
+/* Both for all blocks of one (batch, kv head), while K and V are still in the cache. */
+static void pack_head(void *arg, int32_t i, int32_t thread) {
+    int32_t n = k_blocks(((const call *)arg)->c);
+    measure_kv(arg, i, thread);
+    for (int32_t j = 0; j < n; j++) pack_block(arg, i * n + j, thread);
+}
+
+static void pack_all(const call *a, const dsa_parallel *p) {
+    int32_t heads = a->c->batch * a->c->kv_heads;
+    if (!p || heads >= p->threads) {
+        run(p, heads, pack_head, a);
+        return;
+    }
+    run(p, heads, measure_kv, a);
+    run(p, heads * k_blocks(a->c), pack_block, a);
 }
 
 /* Points the strip at key block j. */
@@ -635,10 +665,7 @@ static call with_near_rows(const call *a, const dsa_parallel *p) {
 static void attend_all(const call *given, const dsa_parallel *p) {
     const call near = with_near_rows(given, p), *a = &near;
     const dsa_config *c = a->c;
-    if (c->compute == DSA_I8) {
-        run(p, c->batch * c->kv_heads, measure_kv, a);
-        run(p, c->batch * c->kv_heads * k_blocks(c), pack_block, a);
-    }
+    if (c->compute == DSA_I8) pack_all(a, p);
     run(p, c->batch * c->q_heads * q_blocks(c), attend_block, a);
 }
 
@@ -700,6 +727,7 @@ dsa_status dsa_fused(const dsa_config *c, dsa_tensor q, dsa_tensor k, dsa_tensor
     a.kept_idx = a.idx = a.m.idx;
     a.kept_cnt = a.cnt = a.m.cnt;
     select_all(&a, p);
+    a.pooled = !is_dense(c);
     attend_all(&a, p);
     if (kept) count(&a, kept);
     return DSA_OK;
