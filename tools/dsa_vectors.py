@@ -252,7 +252,11 @@ def special_cases() -> list[dict[str, Any]]:
             "huge-scores",
             rule=2,
             theta=3.0,
-            edits=[whole("dist_bias", "set", 0, 1, 3.2e38, 3), ["dist_bias", "set", -1, -1, 0, 1, 6, 7, -3e38]],
+            edits=[
+                whole("dist_bias", "set", 0, 1, 3.2e38, 3),
+                whole("sink_bias", "set", 0, 1, 3.2e38, 1),
+                ["dist_bias", "set", -1, -1, 0, 1, 6, 7, -3e38],
+            ],
             **wide,
         ),
         case(
