@@ -152,3 +152,34 @@ def test_progress_ends_every_step(tmp_path: Path, config_home: Path) -> None:
     build(tmp_path, progress=lambda what, done, total: seen.update({what: (done, total)}))
     assert seen["package and sign"] == (1, 1) and seen["check onnx-int8"][0] == 32
     assert all(done == total for done, total in seen.values()), json.dumps(seen)
+
+
+def test_short_rows_stay_dense_and_the_manifest_says_why(tmp_path: Path, config_home: Path) -> None:
+    bundle = build(tmp_path)
+    (step,) = [s for s in bundle.manifest.history if s.name == "attention"]
+    assert (
+        step.facts["chosen"] == "dense" and step.facts["modelled_gain"] == 1.0 and "worth it from" in step.facts["why"]
+    )
+    with pytest.raises(BadInput, match="dense, dsa"):
+        build(tmp_path / "x", attention="sparse")
+
+
+@pytest.mark.slow
+def test_sparse_attention_is_built_shipped_and_counted(tmp_path: Path, config_home: Path) -> None:
+    """From a model to the agent's report: two layers, so two native calls an inference, by the bundle's own library."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = hf.BertConfig(
+        vocab_size=200, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=512,
+    )  # fmt: skip
+    model = hf.BertModel(config).eval()
+    made = {"formats": ["onnx", "litert"], "lengths": (512,), "gate": 0.5, "out": tmp_path, "name": "long"}
+    bundle = ef.build(model, "host", attention="dsa", budget=0.5, **made)  # type: ignore[arg-type]
+    steps = {s.name: s.facts for s in bundle.manifest.history}
+    assert steps["attention"]["chosen"] == "dsa" and abs(steps["sparsify.dsa"]["kept"] - 0.5) < 0.05
+    report = ef.run(bundle, measure=ef.Measure(profile="quick", rows=4))
+    for entry, result in zip(bundle.manifest.programs, report.results, strict=True):
+        assert entry.libraries and result.native is not None, result.flags
+        assert result.native.calls_per_run == 2 == len(result.native.kept) and "native_fallback" not in result.flags
