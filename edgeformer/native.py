@@ -17,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -207,6 +206,8 @@ def _compile(goal: Target, work: Path, more: list[str]) -> list[str]:
 
 
 def _zig_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version("ziglang")
     except PackageNotFoundError:
