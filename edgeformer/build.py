@@ -14,7 +14,7 @@ import numpy as np
 from edgeformer_agent import cases, wire
 
 from . import device as devices, formats as registry, native, predict, signing
-from .bundle import AGENT, Bundle, agent_zip, open_bundle, write
+from .bundle import AGENT, Bundle, agent_zip, check_place, open_bundle, write
 from .errors import BadInput, BundleRefused, FormatNotYet, UnknownFormat
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ def build(
     report("load the model", 0, 1)
     if not isinstance(model, models.Model):
         model = models.load(model, name=name, example=example, lengths=tuple(lengths) if lengths else None)
+    folder = Path(out).absolute() / f"{model.name}-{device.name}"
+    check_place(folder, overwrite)  # again when writing; here, before minutes of work are spent
     rows = rows_of.load(model, data, task)
     model = rows_of.with_task(model, rows)
     report("load the model", 1, 1)
@@ -105,7 +107,6 @@ def build(
         for program in module.export(model, device, precisions):
             built.append(_checked(program, model, rows, wanted, device, limit, report))
             report("export", len(built), len(exporters) * len(precisions))
-    folder = Path(out) / f"{model.name}-{device.name}"
     manifest = _manifest(model, device.name, built, rows, limit, expiry)
     contents = _contents(model, built, rows, wanted)
     report("package and sign", 0, 1)

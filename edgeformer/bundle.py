@@ -94,7 +94,7 @@ def write(
     if AGENT in contents:
         raise BadInput(f"{AGENT} is added by write; leave it out of the contents")
     _recover(folder)
-    _check_place(folder, overwrite)
+    check_place(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _workspace(folder) as work, _refused(f"{folder} is not written, a device would refuse it"):
         new = work / "bundle"
@@ -167,7 +167,7 @@ def _cached(archive: Path) -> Path:
     return folder
 
 
-def _check_place(folder: Path, overwrite: bool) -> None:
+def check_place(folder: Path, overwrite: bool) -> None:
     """Only a bundle is ever replaced, and only on request."""
     archive = _archive(folder)
     for path in (folder, archive):
@@ -322,7 +322,7 @@ def _locked(folder: Path, wait: int = 0) -> Iterator[int]:
 def _commit(work: Path, folder: Path, overwrite: bool) -> None:
     """Folder and archive change places with the new ones; where the second fails, the first is taken back."""
     with _locked(folder.parent) as parent:  # two writers: the folder and the archive must be the same one's
-        _check_place(folder, overwrite)  # somebody may have been quicker
+        check_place(folder, overwrite)  # somebody may have been quicker
         replaced = folder.exists()
         _move(work / "bundle", folder, work / "old")
         try:

@@ -11,7 +11,6 @@ tokens, and in layers that would keep nearly everything, attention stays dense.
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,6 @@ def dsa(
     base = Config(block_q=block, block_k=block, rule=rule, dense_below=dense_below)
 
     def run(model: Model) -> Model:
-        began = time.perf_counter()
         longest = min(length or model.max_length, model.max_length or length)
         given = _inputs(model, rows, longest, block)
         module = copy.deepcopy(model.module)
@@ -93,7 +91,6 @@ def dsa(
             "rows": len(given),
             "kl": round(trained.kl, 5),
             "kl_untrained": round(trained.first_kl, 5),
-            "seconds": round(time.perf_counter() - began, 1),
             "rule": rule,
             "block": block,
             "rank": trained.parameters.wq.shape[-1],
