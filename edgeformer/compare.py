@@ -17,8 +17,9 @@ interval and p-value are those of the smaller number of samples that the varianc
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,7 +114,7 @@ def not_as_predicted(manifest: Manifest, entry: Entry, report: Report, result: R
         return "the report is of another bundle"
     if report.kind != "measured":
         return f"{report.kind}: timing says nothing"
-    if report.target != said.device or not _is(said.device, report.device.get("model")):
+    if report.target != said.device or not _is(said.device, report.device):
         return f"predicted for {said.device}, measured on {machine(report)}"
     if result.threads != said.threads:
         return f"predicted for {said.threads} threads, measured with {result.threads}"
@@ -426,9 +427,12 @@ def _timing_refused(a: Report, b: Report) -> str | None:
     return f"{' and '.join(kinds)}: timing, memory and energy say nothing about a device" if kinds else None
 
 
-def _is(device: str, model: object) -> bool:
-    """raspberry-pi-4 is a "Raspberry Pi 4 Model B Rev 1.4"; host is whatever ran it; silence is not a contradiction."""
-    if device == "host" or not isinstance(model, str):
+def _is(device: str, facts: Mapping[str, Any]) -> bool:
+    """raspberry-pi-4 is a "Raspberry Pi 4 Model B Rev 1.4"; host is whatever ran it; a nameless PC is neither."""
+    model = facts.get("model")
+    if device == "host":
         return True
+    if not isinstance(model, str):  # phones and boards name themselves, or are at least Arm
+        return facts.get("machine") not in ("x86_64", "AMD64", "i686")
     words = (" ".join(re.findall(r"[a-z0-9]+", text.lower())) for text in (device, model))
     return f" {next(words)} " in f" {next(words)} "

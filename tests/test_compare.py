@@ -300,6 +300,9 @@ def test_a_prediction_is_judged_only_where_it_applies() -> None:
     refusals = {
         "emulated: timing says nothing": report(bundle=made, kind="emulated"),
         "predicted for raspberry-pi-4, measured on QEMU Standard PC": report(bundle=made, device=x86),
+        "predicted for raspberry-pi-4, measured on some PC": report(
+            bundle=made, device={"model": None, "cpu": "some PC", "machine": "x86_64"}
+        ),
         "predicted for 4 threads, measured with 1": with_results(report(bundle=made), threads=1),
         "the report is of another bundle": report(bundle=manifest(version=9)),
         "its self-check failed": with_results(report(bundle=made), latency=None),
