@@ -1,7 +1,7 @@
 """
 One module per optimization. A pass is any callable Model -> Model; its parameters are closed over:
 
-    build(model, "raspberry-pi-4", passes=[quantize.int8()])
+    build(model, "raspberry-pi-4", passes=[sparsify.dsa(long_texts, budget=0.5)])
 
 A pass may assume a module in eval mode with one output; it returns `model.after(name, ..., facts={...})`, leaves the
 model it was given untouched, and knows nothing of formats.
