@@ -19,6 +19,7 @@ from .errors import BadInput, BundleRefused, FormatNotYet, UnknownFormat
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution
+    from types import ModuleType
 
     import torch
 
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
     from .passes import Pass
     from .program import Program
 
-PRECISIONS = {
-    "int8": "int8 weights and embeddings per output channel, activations quantized per call",
+PRECISIONS = {  # what a format's own `PRECISIONS` may name
+    "int8": "int8 weights and embeddings per output channel, activations quantized per call or kept in float",
+    "int4": "int4 weights in groups, int8 embeddings, float activations",
+    "fp16": "fp16 storage and arithmetic, sums in fp32 where the runtime allows it",
     "fp32": "fp32 throughout",
 }
 ATTENTION = ("auto", "dense", "dsa")
@@ -36,7 +39,7 @@ BLOCK = 64  # tokens a side of a sparse block: the fastest on CPUs
 GOLDEN_ROWS = 3
 GOLDEN_TOKENS = 64  # a self-check must be cheap on the slowest board
 # Other instruction sets round differently. int8: a board's kernels may also saturate where this machine's do not.
-GOLDEN_SIMILARITY = {"fp32": 0.9999, "int8": 0.98}
+GOLDEN_SIMILARITY = {"fp32": 0.9999, "fp16": 0.999, "int8": 0.98, "int4": 0.98}
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -48,7 +51,7 @@ def build(
     data: str | Path | Sequence[str] | None = None,
     task: str | None = None,
     out: str | Path = "dist",
-    precision: str | Sequence[str] = "int8",
+    precision: str | Sequence[str] | None = None,
     passes: Iterable[Pass] = (),
     attention: str = "auto",
     budget: float = 0.5,
@@ -68,7 +71,7 @@ def build(
 
     model: a Hugging Face folder, a hub id, a `transformers` model, a `Model`, or a module with `example` inputs.
     data, task: what the programs are checked with, see `edgeformer.data.load`; sample texts by default.
-    precision: "int8", "fp32", or both. formats: some of the target's; all of them by default.
+    precision: of `PRECISIONS`, one or several; each format's own by default. formats: all of the target's by default.
     attention: "dense", "dsa" (sparse attention that keeps `budget` of the blocks; its scorers are trained on the data),
     or "auto": sparse where the data's rows are long enough that it pays on the device. The manifest says which and why.
     gate: the least share of fp32 that must be kept (see `edgeformer.check.gate`); the manifest records a loosened one.
@@ -79,7 +82,6 @@ def build(
     report = progress or (lambda _what, _done, _total: None)
     device = devices.load(target)
     chosen = _chosen(device, formats)
-    precisions = _precisions(precision)
     if attention not in ATTENTION:
         raise BadInput(f"attention {attention!r} must be one of {', '.join(ATTENTION)}")
     expiry = _expiry(expires)
@@ -87,6 +89,7 @@ def build(
     from . import check, data as rows_of, model as models  # torch from here on
 
     exporters = [registry.load(name) for name in chosen]
+    wanted_precisions = [_precisions(module, precision) for module in exporters]
     limit = check.gate(gate)
     report("load the model", 0, 1)
     if not isinstance(model, models.Model):
@@ -99,14 +102,15 @@ def build(
     wanted = check.reference(model, rows.rows, lambda n: report("fp32 reference", n, len(rows.rows)))
     for step in passes:
         model = step(model)
-    model = _attention(model, rows, device, attention, budget, precisions[0], report)
+    model = _attention(model, rows, device, attention, budget, wanted_precisions[0][0], report)
 
     built: list[_Built] = []
-    for module in exporters:
-        report("export", len(built), len(exporters) * len(precisions))
+    total = sum(map(len, wanted_precisions))
+    for module, precisions in zip(exporters, wanted_precisions, strict=True):
+        report("export", len(built), total)
         for program in module.export(model, device, precisions):
             built.append(_checked(program, model, rows, wanted, device, limit, report))
-            report("export", len(built), len(exporters) * len(precisions))
+            report("export", len(built), total)
     manifest = _manifest(model, device.name, built, rows, limit, expiry)
     contents = _contents(model, built, rows, wanted)
     report("package and sign", 0, 1)
@@ -163,11 +167,19 @@ def _chosen(device: devices.Device, wanted: Sequence[str] | None) -> tuple[str, 
     return names
 
 
-def _precisions(wanted: str | Sequence[str]) -> tuple[str, ...]:
+def _precisions(module: ModuleType, wanted: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Those of the wanted precisions that the format has; its own first choice where nothing is wanted."""
+    known = tuple(module.PRECISIONS)
+    if wanted is None:
+        return known[:1]
     names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
     if not names or len(set(names)) != len(names) or not set(names) <= set(PRECISIONS):
         raise BadInput(f"precision {list(names)} must be some of {', '.join(PRECISIONS)}, each once")
-    return names
+    found = tuple(name for name in names if name in known)
+    if not found:
+        name = module.__name__.rpartition(".")[2]
+        raise BadInput(f"precision {', '.join(names)}: {name} has {', '.join(known)}")
+    return found
 
 
 def _expiry(expires: str | None) -> str:

@@ -171,7 +171,8 @@ def build(
     task: Annotated[str | None, typer.Option(help="What a .tsv holds: classification, sst2, similarity, stsb.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the bundle's folder goes.")] = Path("dist"),
     precision: Annotated[
-        list[str] | None, typer.Option(help="int8, fp32; repeatable. [dim]\\[default: int8][/]")
+        list[str] | None,
+        typer.Option(help="int8, int4, fp16, fp32; repeatable. [dim]\\[default: the format's own][/]"),
     ] = None,
     format: Annotated[
         list[str] | None, typer.Option(help="Some of the target's formats. [dim]\\[default: all][/]")
@@ -215,7 +216,7 @@ def build(
     screen: Screen = context.obj
     with _bars(screen) as progress, _quiet(screen):
         bundle = run_build(
-            model, target, data=data, task=task, out=out, precision=precision or "int8", formats=format, gate=gate,
+            model, target, data=data, task=task, out=out, precision=precision or None, formats=format, gate=gate,
             attention=attention, budget=budget,
             lengths=length, name=name, version=bundle_version, expires=expires, key=key, overwrite=overwrite,
             progress=progress,

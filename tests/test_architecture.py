@@ -117,6 +117,8 @@ def a_format_is_one_function(root: Path) -> Iterator[str]:
         ]
         if seen != wanted or len(functions) != 1:
             yield f"{path.name} offers {[n.name for n in functions]}, not export(model, device, precisions)"
+        if not any(ast.unparse(n).startswith("PRECISIONS = (") for n in body):
+            yield f"{path.name} does not say its PRECISIONS"
 
 
 def no_pickle_anywhere(root: Path) -> Iterator[str]:

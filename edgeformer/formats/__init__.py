@@ -1,11 +1,12 @@
 """
 One module per artifact format. This folder is the registry: `onnx.py` is the format "onnx".
 
-A format module has one public name:
+A format module offers one constant and one function:
 
+    PRECISIONS = ("int8", "fp32")  # what it writes, of `build.PRECISIONS`; the first by default
     def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[Program]
 
-It traces the model once, writes a program for each precision ("fp32", "int8") with its own runtime's quantizer, and
+It traces the model once, writes a program for each precision with its own runtime's quantizer, and
 counts the work on what it wrote. It imports its tool chain at its own top, so a missing one costs only its own users.
 The module in `devices/agent/runners` with the same stem opens what it writes.
 """

@@ -30,6 +30,7 @@ from ..errors import ExportError
 from ..model import Model
 from ..program import Program
 
+PRECISIONS = ("int8", "fp32")
 RUNTIME = wire.Runtime("ai-edge-litert", "2.0", "3")
 GLIBC = "2.34"  # read from the library's symbols; the wheel's tag claims 2.27
 ALIGNMENT = 16  # of every weight in the file, as the interpreter maps it

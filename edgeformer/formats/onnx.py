@@ -29,6 +29,7 @@ from ..program import Program
 
 OPSET = onnx_function.OPSET  # 20: the first with Gelu as one operator; ONNX Runtime >= 1.17 opens it
 IR_VERSION = 9  # the exporter's newer one would shut out ONNX Runtime 1.17
+PRECISIONS = ("int8", "fp32")
 RUNTIME = wire.Runtime("onnxruntime", "1.17", "2")
 GLIBC = "2.28"  # read from the library's symbols
 QUANTIZED = ["MatMul", "Gemm", "Gather"]  # Gather: the embedding tables, half of a small encoder
