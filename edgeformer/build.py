@@ -234,7 +234,9 @@ def _checked(
     found = check.fidelity(model, outputs, wanted, rows.labels)
     check.hold(program.name, found, limit)
     tokens = [cases.length(row) for row in rows.rows]
-    predicted = predict.predict(program.work, program.lengths, tokens, device, accuracy=found.value)
+    predicted = predict.predict(
+        program.work, program.lengths, tokens, predict.on(device, program.format, program.precision), accuracy=found.value
+    )
     return _Built(program, entry._replace(checked=found, predicted=predicted), outputs, libraries)
 
 
