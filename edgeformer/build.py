@@ -235,7 +235,11 @@ def _checked(
     check.hold(program.name, found, limit)
     tokens = [cases.length(row) for row in rows.rows]
     predicted = predict.predict(
-        program.work, program.lengths, tokens, predict.on(device, program.format, program.precision), accuracy=found.value
+        program.work,
+        program.lengths,
+        tokens,
+        predict.on(device, program.format, program.precision),
+        accuracy=found.value,
     )
     return _Built(program, entry._replace(checked=found, predicted=predicted), outputs, libraries)
 

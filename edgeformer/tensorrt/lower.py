@@ -385,7 +385,7 @@ def _reciprocal(w: _Writer, node: onnx.NodeProto) -> None:
 
 def _mod(w: _Writer, node: onnx.NodeProto) -> None:
     """Of integers that are not negative."""
-    a, b, near, out = *node.input, node.name, node.output[0]
+    (a, b), near, out = node.input, node.name, node.output[0]
     whole = w.add("Mul", [w.add("Div", [a, b], f"{out}/times", near), b], f"{out}/whole", near)
     w.add("Sub", [a, whole], out, near)
 
@@ -412,9 +412,7 @@ def _plugin(w: _Writer, node: onnx.NodeProto) -> None:
     if sinks is not None and not sinks.shape[1]:
         inputs[6] = w.constant(np.zeros((len(sinks), 1), np.float32))
     attributes = {**given, "plugin_version": PLUGIN_VERSION, "plugin_namespace": ""}
-    w.nodes.append(
-        helper.make_node(PLUGIN, inputs, node.output, node.name, domain=onnx_function.DOMAIN, **attributes)
-    )
+    w.nodes.append(helper.make_node(PLUGIN, inputs, node.output, node.name, domain=onnx_function.DOMAIN, **attributes))
 
 
 _RULES: dict[str, Callable[[_Writer, onnx.NodeProto], None]] = {
