@@ -235,6 +235,51 @@ def build(
 
 
 @app.command()
+def parity(
+    context: typer.Context,
+    model: Annotated[str, typer.Option("--model", "-m", help="A Hugging Face folder or a hub id (org/name).")],
+    format: Annotated[
+        list[str] | None, typer.Option(help="Only this format; repeatable. [dim]\\[default: all][/]")
+    ] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="Repeatable. [dim]\\[default: the format's own][/]")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="What to compare on, as for build.")] = None,
+    task: Annotated[str | None, typer.Option(help="What a .tsv holds, as for build.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Sparse attention that keeps this share of blocks. [dim]\\[default: dense][/]")
+    ] = None,
+    layers: Annotated[bool, typer.Option(help="Compare after each layer too, at the price of a second export.")] = True,
+    length: Annotated[list[int] | None, typer.Option(help="A static sequence length; repeatable.")] = None,
+    out: Out = None, html: Html = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """
+    Build one model in every format, open each program with its runner, and print how close each comes to PyTorch.
+
+    Exit code 1 where a format fails; the others are shown all the same.
+    """
+    from .matrix import page, table
+    from .parity import parity as run_parity
+
+    screen: Screen = context.obj
+    with _bars(screen) as progress, _quiet(screen):
+        found = run_parity(
+            model, formats=format, precision=precision, data=data, task=task, budget=budget, layers=layers,
+            lengths=length, progress=progress,
+        )  # fmt: skip
+    if out:
+        _save(out, found.to_json().encode())
+    if html:
+        _save(html, page(found).encode())
+    if as_json:
+        _document(screen, found.to_json())
+    else:
+        screen.out.print(table(found))
+    if not found.whole:
+        raise typer.Exit(1)
+
+
+@app.command()
 def verify(
     context: typer.Context,
     bundle: BundlePath,

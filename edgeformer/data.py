@@ -34,6 +34,9 @@ TASKS = {  # what a labelled file holds: how many texts a row, then a label
 }
 
 
+Data = str | Path | Sequence[str] | None  # a file, texts, or samples of the package
+
+
 @dataclass(frozen=True)
 class Rows:
     """Inputs in order, with labels (one a row, or one a pair of rows) where the data has them."""
@@ -44,7 +47,7 @@ class Rows:
     task: wire.Task | None = None  # the model's task, with its metric
 
 
-def load(model: Model, data: str | Path | Sequence[str] | None, task: str | None, *, most: int = MAX_ROWS) -> Rows:
+def load(model: Model, data: Data, task: str | None, *, most: int = MAX_ROWS) -> Rows:
     """
     `data`: a .txt (one text a line), a .tsv with `task` (texts, then a label, a header line or none), a .npz (an
     array of rows for each input), texts, or None (a sample that comes with the package; noise for models without

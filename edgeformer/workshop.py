@@ -80,12 +80,12 @@ class Workshop:
 
     def _check(self, model: Model, program: Program) -> Made:
         """Opens the program with the device's runner and holds it against the gate."""
-        entry = _entry(program)
+        said = entry(program)
         total = len(self.rows.rows)
-        outputs = check.run(program, entry, self.rows.rows, lambda n: self.report(f"check {program.name}", n, total))
+        outputs = check.run(program, said, self.rows.rows, lambda n: self.report(f"check {program.name}", n, total))
         found = check.fidelity(model, outputs, self.wanted, self.rows.labels)
         check.hold(program.name, found, self.limit)
-        return Made(program, entry._replace(checked=found), outputs, {})
+        return Made(program, said._replace(checked=found), outputs, {})
 
 
 def _choice(model: Model, plan: Plan, rows: Rows, wanted: str, budget: float) -> dict[str, object]:
@@ -103,8 +103,8 @@ def _choice(model: Model, plan: Plan, rows: Rows, wanted: str, budget: float) ->
     return {"chosen": "dsa" if sparse else "dense", "why": why, "modelled_gain": round(gain, 3), "budget": budget}
 
 
-def _entry(program: Program) -> wire.Entry:
-    """What every device is told."""
+def entry(program: Program) -> wire.Entry:
+    """What every device is told of a program, before it is checked."""
     return wire.Entry(
         name=program.name,
         format=program.format,
@@ -129,12 +129,12 @@ def _placed(made: Made, rows: Rows, device: devices.Device) -> Made:
     _fits(program, device)
     libraries = _libraries(program, device)
     tokens = [cases.length(row) for row in rows.rows]
-    entry = made.entry._replace(
+    placed = made.entry._replace(
         needs=program.needs if device.glibc else program.needs._replace(glibc=None),
         predicted=predict.predict(program.work, program.lengths, tokens, device, accuracy=made.entry.checked.value),
         libraries={machine: f"native/{machine}/{path.name}" for machine, path in libraries.items()},
     )
-    return replace(made, entry=entry, libraries=libraries)
+    return replace(made, entry=placed, libraries=libraries)
 
 
 def _libraries(program: Program, device: devices.Device) -> dict[str, Path]:
