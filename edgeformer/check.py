@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,7 +104,7 @@ def hold(name: str, found: wire.Fidelity, limit: wire.Gate) -> None:
 
 
 def fidelity(
-    model: Model, outputs: Sequence[np.ndarray], wanted: Sequence[np.ndarray], labels: np.ndarray | None
+    model: Model, outputs: Sequence[np.ndarray], wanted: Sequence[np.ndarray], labels: Sequence[Any] | None
 ) -> wire.Fidelity:
     return score.fidelity(model.task, outputs, wanted, labels)
 

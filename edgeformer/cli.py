@@ -168,9 +168,15 @@ def build(
         list[str], typer.Option("--target", "-t", help="A target's name, see `edgeformer targets`; repeatable.")
     ],
     data: Annotated[
-        str | None, typer.Option(help="What to check with: .txt (a text a line), .tsv with --task, .npz.")
+        str | None, typer.Option(help="What to check with: .txt (a text a line), .npz, a labelled file with --task.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="What a .tsv holds: classification, sst2, similarity, stsb.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="What a labelled file holds: classification, sst2, similarity, stsb (.tsv), squad (.json), lambada "
+            "(.jsonl), tokens (.tsv, .jsonl)."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the bundle's folder goes.")] = Path("dist"),
     precision: Annotated[
         list[str] | None,

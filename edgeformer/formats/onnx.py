@@ -45,8 +45,8 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
             format="onnx",
             precision=precision,
             files={"model.onnx": proto.SerializeToString(deterministic=True)},
-            inputs=model.inputs,
-            outputs=(model.output,),
+            inputs=_inputs(model),
+            outputs=_outputs(model),
             lengths=(),
             runtime=RUNTIME,
             needs=wire.Needs(glibc=GLIBC),
@@ -55,12 +55,24 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
         )
 
 
+def _inputs(model: Model) -> tuple[wire.Tensor, ...]:
+    return model.inputs if model.past is None else (*model.inputs, model.past)
+
+
+def _outputs(model: Model) -> tuple[wire.Tensor, ...]:
+    """A decoder also gives the keys and values of the new tokens: what it took as `past`, for the next call."""
+    return (model.output,) if model.past is None else (model.output, model.past._replace(name="new"))
+
+
 def _fp32(model: Model) -> onnx.ModelProto:
     batch = torch.export.Dim("batch", min=1, max=1024)
     sequence = torch.export.Dim("sequence", min=1, max=max(model.max_length, 2))
     shapes = tuple({0: batch} | {i: sequence for i, n in enumerate(x.shape) if n < 0 and i} for x in model.inputs)
     # Two rows, and a length that is neither 1 nor the maximum, so that no dimension is taken for a constant.
     example = model.example(min(16, max(model.max_length - 1, 2)), batch=2)
+    if model.past is not None:
+        shapes += ({0: batch, 3: torch.export.Dim("past", min=2)},)  # the graph takes none and one as well
+        example += (torch.zeros([2 if i == 0 else 3 if n < 0 else n for i, n in enumerate(model.past.shape)]),)
     try:
         with torch.no_grad():
             graph = torch.export.export(model.module, example, dynamic_shapes=(shapes,), strict=False)
@@ -68,8 +80,8 @@ def _fp32(model: Model) -> onnx.ModelProto:
                 graph,
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=[x.name for x in model.inputs],
-                output_names=[model.output.name],
+                input_names=[x.name for x in _inputs(model)],
+                output_names=[x.name for x in _outputs(model)],
                 custom_translation_table=_translations(),
                 verbose=False,
             )
@@ -131,10 +143,9 @@ def _work(proto: onnx.ModelProto, lengths: tuple[int, ...]) -> tuple[wire.Work, 
 
 
 def _work_at(session: Any, products: list[Any], weights: dict[str, Any], length: int) -> wire.Work:
+    sizes = {"batch": 1, "past": 0}  # the length of whatever else is free
     feed = {
-        x.name: np.ones(
-            [d if isinstance(d, int) else (length if i else 1) for i, d in enumerate(x.shape)], DTYPES[x.type]
-        )
+        x.name: np.ones([d if isinstance(d, int) else sizes.get(d, length) for d in x.shape], DTYPES[x.type])
         for x in session.get_inputs()
     }
     names = [x.name for x in session.get_outputs()]
