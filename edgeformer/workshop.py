@@ -131,7 +131,13 @@ def _placed(made: Made, rows: Rows, device: devices.Device) -> Made:
     tokens = [cases.length(row) for row in rows.rows]
     placed = made.entry._replace(
         needs=program.needs if device.glibc else program.needs._replace(glibc=None),
-        predicted=predict.predict(program.work, program.lengths, tokens, device, accuracy=made.entry.checked.value),
+        predicted=predict.predict(
+            program.work,
+            program.lengths,
+            tokens,
+            predict.on(device, program.format, program.precision),
+            accuracy=made.entry.checked.value,
+        ),
         libraries={machine: f"native/{machine}/{path.name}" for machine, path in libraries.items()},
     )
     return replace(made, entry=placed, libraries=libraries)

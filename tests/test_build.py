@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 
 import edgeformer as ef  # noqa: E402
+from edgeformer import device as devices  # noqa: E402
 from edgeformer.errors import BadInput, FormatNotYet, GateFailed, UnknownFormat, UnknownTarget  # noqa: E402
 
 
@@ -129,9 +131,13 @@ def test_unknown_and_later_targets() -> None:
         ef.build("x", "iphone-13")
 
 
-def test_a_system_too_old_for_the_runtime_is_refused(tmp_path: Path, config_home: Path) -> None:
+def test_a_system_too_old_for_the_runtime_is_refused(
+    tmp_path: Path, config_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = replace(devices.load("raspberry-pi-4"), glibc="2.27")
+    monkeypatch.setattr(devices, "load", lambda name: old)
     with pytest.raises(BadInput, match=r"glibc 2\.28.*2\.27"):
-        ef.build(Scorer(), "jetson-nano", formats=["onnx"], example=(torch.zeros(1, 16),), out=tmp_path)
+        ef.build(Scorer(), "raspberry-pi-4", formats=["onnx"], example=(torch.zeros(1, 16),), out=tmp_path)
 
 
 def test_an_existing_bundle_is_kept(tmp_path: Path, config_home: Path) -> None:

@@ -25,7 +25,6 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401 (defines the rest
 from edgeformer_agent import wire
 
 from ..attention import composite
-from ..device import Device
 from ..errors import ExportError
 from ..model import Model
 from ..program import Program
@@ -41,7 +40,7 @@ Tensor = torch.Tensor
 quantized: Any = torch.ops.quantized_decomposed
 
 
-def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[Program]:
+def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     """One file each, batch 1, any length up to `model.max_length`. Raises ExportError in the exporter's own words."""
     for precision in precisions:
         module = _int8(model.module) if precision == "int8" else model.module
@@ -60,7 +59,7 @@ def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[
             outputs=(model.output,),
             lengths=(),
             runtime=RUNTIME,
-            needs=wire.Needs(glibc=GLIBC if device.glibc else None),
+            needs=wire.Needs(glibc=GLIBC),
             work=tuple(_work(graph, n) for n in ((1, *model.lengths) if model.lengths else (0,))),
             sparse=_sparse(graph),
         )
@@ -172,7 +171,9 @@ def _int8(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _name(node: Any) -> str:
-    return str(getattr(getattr(node.target, "overloadpacket", None), "__name__", "")) if node.op == "call_function" else ""
+    return (
+        str(getattr(getattr(node.target, "overloadpacket", None), "__name__", "")) if node.op == "call_function" else ""
+    )
 
 
 def _work(graph: Any, length: int) -> wire.Work:
@@ -200,4 +201,4 @@ def _work(graph: Any, length: int) -> wire.Work:
 def _shape(node: Any, length: int) -> tuple[int, ...]:
     """Of a tensor in the graph, at a length: the sequence is the graph's only symbol."""
     sizes = (getattr(getattr(n, "node", None), "expr", n) for n in node.meta["val"].shape)
-    return tuple(int(n if isinstance(n, int) else n.subs({s: length for s in n.free_symbols})) for n in sizes)
+    return tuple(int(n if isinstance(n, int) else n.subs(dict.fromkeys(n.free_symbols, length))) for n in sizes)
