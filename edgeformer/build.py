@@ -124,23 +124,32 @@ def _attention(
     model: Model, rows: Rows, device: devices.Device, wanted: str, budget: float, precision: str, report: Progress
 ) -> Model:
     """Dense or sparse, and why: a line of the history in either case."""
-    from .attention import choice
+    from .attention import choice, cost
     from .passes import sparsify
 
-    tokens = [cases.length(row) for row in rows.rows]
-    gain = choice.gain(model.module, tokens, device, budget, precision, sparsify.DENSE_BELOW)
-    long_enough = max(tokens) >= sparsify.FEWEST_BLOCKS * BLOCK
-    sparse = wanted == "dsa" or (wanted == "auto" and gain >= choice.WORTH and long_enough)
-    why = (
-        f"modelled gain over the data's rows {gain:.2f}, worth it from {choice.WORTH}"
-        if wanted == "auto"
-        else "asked for"
-    )
-    facts = {"chosen": "dsa" if sparse else "dense", "why": why, "modelled_gain": round(gain, 3), "budget": budget}
     if any(step.name == "sparsify.dsa" for step in model.history):  # a pass of the caller's has decided already
         return model
-    model = model.after("attention", facts=facts)
-    return sparsify.dsa(rows.rows, budget=budget, block=BLOCK, progress=report)(model) if sparse else model
+    tokens = [cases.length(row) for row in rows.rows]
+    load = choice.load(model.module, device, precision)
+    limits = f"worth it from {choice.WORTH}" if wanted == "auto" else "asked for"
+
+    def decided(made: Model, chosen: str, gain: float, what: str, **more: object) -> Model:
+        why = f"modelled gain over the data's rows {gain:.2f} {what}, {limits}"
+        facts = {"chosen": chosen, "why": why, "modelled_gain": round(gain, 3), "budget": budget}
+        return made.after("attention", facts=facts | more)
+
+    hoped = cost.Kept(sparsify.DENSE_BELOW, ((max(tokens), budget),))
+    gain = load.over(tokens, hoped) if load else 1.0
+    long_enough = max(tokens) >= sparsify.FEWEST_BLOCKS * BLOCK
+    if wanted == "dense" or (wanted == "auto" and not (gain >= choice.WORTH and long_enough)):
+        return decided(model, "dense", gain, "if the budget is met")
+    sparse = sparsify.dsa(rows.rows, budget=budget, block=BLOCK, progress=report)(model)
+    kept = cost.calibrated(sparse.history)
+    assert load is not None  # the pass refuses models without attention layers that it can swap
+    gain, lengths = load.over(tokens, kept), choice.by_length(load, model.lengths, kept)
+    if wanted == "auto" and gain < choice.WORTH:
+        return decided(model, "dense", gain, "with what the trained scorers keep", by_length=lengths)
+    return decided(sparse, "dsa", gain, "with what the trained scorers keep", by_length=lengths)
 
 
 @dataclass(frozen=True)
