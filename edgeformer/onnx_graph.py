@@ -13,7 +13,7 @@ import torch
 
 from edgeformer_agent import wire
 
-from .attention import onnx_function
+from .attention import cost, onnx_function
 from .errors import ExportError
 from .model import Model
 
@@ -83,7 +83,7 @@ def strip(proto: onnx.ModelProto) -> None:
         item.doc_string = ""
 
 
-def work(proto: onnx.ModelProto, lengths: tuple[int, ...]) -> tuple[wire.Work, ...]:
+def work(proto: onnx.ModelProto, model: Model) -> tuple[wire.Work, ...]:
     """
     Counted on the program itself: it runs once per length with its matrix products' operands as outputs, because shape
     inference stops at the computed shapes of a dynamic graph. A multiply-add is two operations.
@@ -92,16 +92,23 @@ def work(proto: onnx.ModelProto, lengths: tuple[int, ...]) -> tuple[wire.Work, .
     graph.CopyFrom(proto)
     weights = {w.name: w for w in graph.graph.initializer}
     products = [node for node in graph.graph.node if node.op_type in PRODUCTS]
-    seen = {name for node in products for name in (node.input[0], node.input[1], node.output[0]) if name not in weights}
+    seen = {name for node in products for name in (*node.input[:4], node.output[0]) if name and name not in weights}
     known = {value.name for value in (*graph.graph.output, *graph.graph.input)}
     graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(seen - known))
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # keeps every name
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return tuple(_work_at(session, products, weights, n) for n in lengths)
+    kept = cost.calibrated(model.history)
+    return tuple(_work_at(session, products, weights, n, kept) for n in _counted(model, kept))
 
 
-def _work_at(session: Any, products: list[Any], weights: dict[str, Any], length: int) -> wire.Work:
+def _counted(model: Model, kept: cost.Kept) -> tuple[int, ...]:
+    """Lengths to count at: also on both sides of where sparse attention begins."""
+    turn = {n for n in (kept.dense_below, kept.dense_below + 1) if kept.at and n <= model.max_length}
+    return tuple(sorted({1, *model.lengths, *turn})) if model.lengths else (0,)
+
+
+def _work_at(session: Any, products: list[Any], weights: dict[str, Any], length: int, kept: cost.Kept) -> wire.Work:
     sizes = {"batch": 1, "past": 0}  # the length of whatever else is free
     feed = {
         x.name: np.ones([d if isinstance(d, int) else sizes.get(d, length) for d in x.shape], DTYPES[x.type])
@@ -114,8 +121,8 @@ def _work_at(session: Any, products: list[Any], weights: dict[str, Any], length:
     weight_bytes = activation_bytes = 0.0
     for node in products:
         left, right, out = (shapes[name] for name in (*node.input[:2], node.output[0]))
-        if node.op_type == onnx_function.NAME:  # as if dense: how much is kept depends on the input
-            work[False] += 4.0 * prod(left) * right[2]
+        if node.op_type == onnx_function.NAME:
+            work[False] += cost.operations(left, right, shapes[node.input[3]][2], kept)
             activation_bytes += 4.0 * (2 * prod(left) + 2 * prod(right))
             continue
         depth = prod(right[1:]) if node.op_type.startswith("Conv") else prod(left) // prod(out[:-1])

@@ -41,7 +41,7 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
             lengths=(),
             runtime=RUNTIME,
             needs=wire.Needs(glibc=GLIBC),
-            work=onnx_graph.work(proto, (1, *model.lengths) if model.lengths else (0,)),
+            work=onnx_graph.work(proto, model),
             sparse=onnx_function.present(proto),
         )
 

@@ -36,7 +36,7 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     for name, lowered in made.items():
         rules.hold(lowered.proto, f"{model.name}, {name}", lowered.fp32 if "fp16" in precisions else None)
     files = {name: lowered.proto.SerializeToString(deterministic=True) for name, lowered in made.items()}
-    work = onnx_graph.work(traced, (1, *model.lengths) if model.lengths else (0,))
+    work = onnx_graph.work(traced, model)
     for precision in precisions:
         share = BYTES[precision] / 4
         yield Program(
