@@ -264,11 +264,11 @@ def parity(
 
     Exit code 1 where a format fails; the others are shown all the same.
     """
-    from .matrix import page, table
-    from .parity import parity as run_parity
-
     screen: Screen = context.obj
     with _bars(screen) as progress, _quiet(screen):
+        from .matrix import page, table
+        from .parity import parity as run_parity
+
         found = run_parity(
             model, formats=format, precision=precision, data=data, task=task, budget=budget, layers=layers,
             lengths=length, progress=progress,
