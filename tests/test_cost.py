@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,11 @@ pytest.importorskip("transformers")
 
 from test_swap import make
 
-from edgeformer import device as devices, formats, model as models, predict
+from edgeformer import check, device as devices, formats, model as models, predict, workshop
 from edgeformer.attention import choice, cost, scorer, swap
 from edgeformer.data import Rows
 from edgeformer.passes import sparsify
+from edgeformer.plan import Plan, exports
 from edgeformer_agent import wire
 
 KEPT = cost.Kept(256, ((512, 0.6), (1024, 0.4)))
@@ -82,9 +82,8 @@ _recipe = scorer.Recipe
 
 
 def decide(model: models.Model, wanted: str, budget: float = 0.5) -> tuple[models.Model, dict[str, Any]]:
-    made = import_module("edgeformer.build")._attention(
-        model, rows_of(model, 256), HOST, wanted, budget, "fp32", lambda *_: None
-    )
+    shop = workshop.Workshop(rows_of(model, 256), (), check.DEFAULT_GATE, lambda *_: None)
+    made = shop.fitted(model, Plan(HOST, exports(["onnx"], "fp32")), wanted, budget)
     assert made.history[-1].name == "attention"
     return made, dict(made.history[-1].facts)
 
@@ -120,7 +119,7 @@ def test_programs_count_what_is_kept(format: str, model: models.Model, quick: No
     step = sparsify.dsa(rows_of(model, 256).rows, budget=0.4, dense_below=64, recipe=replace(_recipe(), steps=5))
     works = {}
     for name, made in (("dense", model), ("sparse", step(model))):
-        (program,) = formats.load(format).export(made, HOST, ["fp32"])
+        (program,) = formats.load(format).export(made, ["fp32"])
         works[name] = {w.length: w for w in program.work}
         assert program.sparse == (name == "sparse")
     kept = cost.calibrated(step(model).history)
