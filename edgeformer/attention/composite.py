@@ -78,7 +78,9 @@ def dsa(
         keep = torch.maximum(keep, ((b.start.reshape(1, 1, 1, -1) <= last) & (ends > first)).to(q.dtype))
     if n_sink:
         keep = torch.maximum(keep, (b.start < n_sink * block_k).to(q.dtype).reshape(1, 1, 1, -1))
-    keep = (torch.ones_like(keep) if k_rows <= dense_below else keep) * candidate
+    if k_rows <= dense_below:  # not in place of what was scored: a converter would drop operands that nobody reads
+        keep = torch.maximum(keep, torch.ones_like(keep))
+    keep = keep * candidate
     if min_blocks:
         keep = torch.maximum(keep, _heaviest(mass, candidate, b) * (1 - keep.amax(-1, keepdim=True)))
     out = _attend(q * (scale or dim**-0.5), k, v, keep, a, b, q_offset if causal else None)
