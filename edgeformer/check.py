@@ -53,7 +53,9 @@ def run(
     """
     with tempfile.TemporaryDirectory() as folder:
         for name, content in program.files.items():
-            (Path(folder) / name).write_bytes(content)
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
         outputs = []
         try:
             step = runners.load(program.format).load(str(Path(folder) / program.entry), entry, 1)

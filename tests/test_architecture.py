@@ -67,11 +67,12 @@ def passes_and_formats_know_nothing_of_each_other(root: Path) -> Iterator[str]:
 def a_tool_chain_is_imported_in_its_format_only(root: Path) -> Iterator[str]:
     chains = {
         "onnx": ("onnx", "onnxruntime", "onnxscript"),
+        "coreml": ("coremltools",),
         "litert": ("litert_torch", "ai_edge_litert", "ai_edge_quantizer"),
     }
     for path in sources(root, "edgeformer"):
         for format, tops in chains.items():
-            own = (f"formats/{format}.py", f"attention/{format}_function.py")  # the operator in the format's own words
+            own = (f"formats/{format}.py", f"{format}_package.py", f"attention/{format}_function.py")  # the operator in the format's own words
             if path.relative_to(root / "edgeformer").as_posix() in own:
                 continue
             yield from (f"{path.name} imports {n}" for n in imports(root, path) if n.split(".")[0] in tops)
