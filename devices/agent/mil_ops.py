@@ -17,6 +17,10 @@ NUMPY = {
     "fp16": "float16", "fp32": "float32", "int32": "int32", "bool": "bool", "int8": "int8", "uint8": "uint8",
     "int16": "int16", "uint16": "uint16",
 }  # fmt: skip
+MOVES = {  # give values that were rounded before
+    "reshape", "transpose", "expand_dims", "squeeze", "concat", "stack", "split", "tile", "slice_by_index",
+    "slice_by_size", "gather", "gather_nd", "gather_along_axis", "identity", "select", "maximum", "minimum", "reduce_max",
+}  # fmt: skip
 Arrays = Dict[str, Any]
 
 
@@ -100,6 +104,7 @@ def _run(step, values, half):
             raise
         raise Unsupported("{} of {}: {}".format(step.kind, step.outputs[0].name, error))
     found = found if isinstance(found, tuple) else (found,)
+    half = half and step.kind not in MOVES
     return {named.name: _checked(step.kind, named, x, half) for named, x in zip(step.outputs, found)}
 
 

@@ -7,8 +7,6 @@ import bisect
 import os
 from typing import Any, Callable, Optional
 
-import numpy as np
-
 from .. import cases, mil, mil_ops, wire
 
 CORE_ML = "8"  # the newest operator set the interpreter reads, that of iOS 18
@@ -36,17 +34,7 @@ def load(path, entry, threads=1, library=None):
         length = lengths[place]
         if length not in functions:
             functions[length] = mil_ops.compile(package, "length_{}".format(length))
-        feed = {tensor.name: _padded(row[tensor.name], tensor, length)[None] for tensor in entry.inputs}
+        feed = {tensor.name: cases.padded(row[tensor.name], tensor, length)[None] for tensor in entry.inputs}
         return functions[length](feed)[output][0]
 
     return run
-
-
-def _padded(array, tensor, length):
-    # type: (Any, wire.Tensor, int) -> Any
-    """The row filled up on the right with the input's own padding value."""
-    if not length or -1 not in tensor.shape[1:]:
-        return array.astype(tensor.dtype, copy=False)
-    full = np.full((length,) + array.shape[1:], tensor.pad, tensor.dtype)
-    full[: array.shape[0]] = array
-    return full
