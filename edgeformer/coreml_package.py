@@ -152,7 +152,8 @@ class _Weights:
 
     def _write(self, x: np.ndarray, number: int) -> int:
         if self.writer is None:
-            self.writer = Writer(str(self.path))
+            make: Any = Writer
+            self.writer = make(str(self.path))
         flat = np.ascontiguousarray(x).reshape(-1)
         write = {
             MIL_pb2.FLOAT32: lambda: self.writer.write_float_data(flat),
@@ -187,7 +188,8 @@ def _groups(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _scale(x: np.ndarray) -> np.ndarray:
     """As fp16 holds it, so that rounding to integers knows the true scale."""
-    return np.maximum(x, TINY * 1024).astype(np.float16).astype(np.float32)
+    scale: np.ndarray = np.maximum(x, TINY * 1024).astype(np.float16).astype(np.float32)
+    return scale
 
 
 def _store(block: Any, reader: Any, weights: _Weights) -> None:

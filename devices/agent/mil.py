@@ -231,7 +231,7 @@ def _immediate(tensor, kind):
     if field == 7:
         return _array(bytes(held[-1]) if held else b"", kind, where)
     if field in (2, 3, 5):
-        flat = np.array([number for x in held for number in _integers(x)], np.int64)
+        flat = np.array([number for x in held for number in _integers(x)], np.int64)  # type: Any
     else:
         flat = np.frombuffer(b"".join(bytes(x) for x in held), "<f8" if field == 6 else "<f4")
     count = _count(kind, where)
@@ -287,12 +287,13 @@ def _message(data, where):
     if isinstance(data, int):
         raise BadPackage("{}: a number where a message should be".format(where))
     found = {}  # type: Message
+    value = None  # type: Any
     place, end = 0, len(data)
     while place < end:
         key, place = _varint(data, place, where)
         wire = key & 7
         if wire == 0:
-            value, place = _varint(data, place, where)  # type: Any, int
+            value, place = _varint(data, place, where)
         else:
             if wire == 2:
                 size, place = _varint(data, place, where)

@@ -19,8 +19,10 @@ NUMPY = {
 }  # fmt: skip
 MOVES = {  # give values that were rounded before
     "reshape", "transpose", "expand_dims", "squeeze", "concat", "stack", "split", "tile", "slice_by_index",
-    "slice_by_size", "gather", "gather_nd", "gather_along_axis", "identity", "select", "maximum", "minimum", "reduce_max",
+    "slice_by_size", "gather", "gather_nd", "gather_along_axis", "identity", "select", "maximum", "minimum",
+    "reduce_max", "reduce_min",
 }  # fmt: skip
+SILENT = ("name", "validate_indices", "output_indices_dtype")  # arguments that change no value here
 Arrays = Dict[str, Any]
 
 
@@ -91,6 +93,8 @@ def _run(step, values, half):
     """The outputs of one operator by name."""
     arguments = {}
     for key, x in step.inputs.items():
+        if key in SILENT:
+            continue
         if isinstance(x, mil.Ref):
             x = values[x.name]
         elif isinstance(x, list):
@@ -121,9 +125,7 @@ def _checked(kind, named, x, half):
     x = _rounded(x, named.type, half)
     if named.type is not None and -1 not in named.type.shape and np.shape(x) != named.type.shape:
         raise mil.BadPackage(
-            "{} gives {} with shape {}; the program declares {}".format(
-                kind, named.name, np.shape(x), named.type.shape
-            )
+            "{} gives {} with shape {}; the program declares {}".format(kind, named.name, np.shape(x), named.type.shape)
         )
     return x
 
@@ -282,8 +284,8 @@ def _slice_by_size(x, begin, size):
     return x[tuple(slice(int(b), None if n == -1 else int(b) + int(n)) for b, n in zip(begin, size))]
 
 
-def _gather(x, indices, axis=0, batch_dims=0, validate_indices=False):
-    # type: (Any, Any, Any, Any, Any) -> Any
+def _gather(x, indices, axis=0, batch_dims=0):
+    # type: (Any, Any, Any, Any) -> Any
     if batch_dims:
         raise Unsupported("gather with batch_dims {}".format(batch_dims))
     indices = np.asarray(indices).astype(np.int64)
@@ -293,8 +295,8 @@ def _gather(x, indices, axis=0, batch_dims=0, validate_indices=False):
     return np.take(x, indices, axis)
 
 
-def _gather_nd(x, indices, batch_dims=0, validate_indices=False):
-    # type: (Any, Any, Any, Any) -> Any
+def _gather_nd(x, indices, batch_dims=0):
+    # type: (Any, Any, Any) -> Any
     if batch_dims:
         raise Unsupported("gather_nd with batch_dims {}".format(batch_dims))
     return x[tuple(np.moveaxis(np.asarray(indices).astype(np.int64), -1, 0))]
@@ -308,13 +310,14 @@ def _along(x, indices, axis):
     return x[tuple(index)]
 
 
-def _gather_along_axis(x, indices, axis=0, validate_indices=False):
-    # type: (Any, Any, Any, Any) -> Any
+def _gather_along_axis(x, indices, axis=0):
+    # type: (Any, Any, Any) -> Any
     return _along(x, indices, int(axis))
 
 
-def _topk(x, k=1, axis=-1, ascending=False, sort=True, return_indices=True, output_indices_dtype="int32"):
-    # type: (Any, Any, Any, Any, Any, Any, str) -> Any
+def _topk(x, k=1, axis=-1, ascending=False, sort=True, return_indices=True):  # noqa: ARG001
+    # type: (Any, Any, Any, Any, Any, Any) -> Any
+    """Sorted in any case."""
     order = np.argsort(x if ascending else -x, int(axis), kind="mergesort")  # stable
     first = np.take(order, np.arange(int(k)), int(axis))
     found = _along(x, first, int(axis))
@@ -379,8 +382,8 @@ def _along_axis(values, axis, rank):
     return values if not values.ndim else values.reshape([-1 if i == int(axis) % rank else 1 for i in range(rank)])
 
 
-def _affine(quantized_data, zero_point, scale, axis, name=""):
-    # type: (Any, Any, Any, Any, str) -> Any
+def _affine(quantized_data, zero_point, scale, axis):
+    # type: (Any, Any, Any, Any) -> Any
     rank = quantized_data.ndim
     centred = quantized_data.astype(np.float32) - _along_axis(zero_point, axis, rank)
     return centred * _along_axis(scale, axis, rank)
@@ -397,22 +400,24 @@ def _spread(blocks, shape):
     return blocks
 
 
-def _blockwise(data, scale, offset=None, name=""):
-    # type: (Any, Any, Any, str) -> Any
+def _blockwise(data, scale, offset=None):
+    # type: (Any, Any, Any) -> Any
     centred = data.astype(np.float32)
     if offset is not None:
         centred = centred - _spread(offset.astype(np.float32), data.shape)
     return centred * _spread(scale.astype(np.float32), data.shape)
 
 
-def _lut(indices, lut, shape=None, vector_axis=None, name=""):
-    # type: (Any, Any, Any, Any, str) -> Any
+def _lut(indices, lut, shape=None):
+    # type: (Any, Any, Any) -> Any
     """iOS 16: bytes of packed indices and one table. iOS 18: indices of the weight's shape, a table a block."""
     if shape is not None:
         bits, count = int(math.log2(len(lut))), int(np.prod(np.asarray(shape, np.int64)))
         places = np.arange(count * bits)
         ones = (np.ravel(indices)[places // 8] >> (places % 8).astype(np.uint8)) & 1
-        return lut[(ones.reshape(count, bits).astype(np.int64) << np.arange(bits)).sum(1)].reshape([int(n) for n in shape])
+        return lut[(ones.reshape(count, bits).astype(np.int64) << np.arange(bits)).sum(1)].reshape(
+            [int(n) for n in shape]
+        )
     if lut.shape[-1] != 1:
         raise Unsupported("look-up tables of vectors")
     block = [np.arange(n) * lut.shape[i] // n for i, n in enumerate(indices.shape)]

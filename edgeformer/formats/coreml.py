@@ -1,17 +1,18 @@
 """
 Core ML: one .mlpackage, a function `length_N` a sequence length, one copy of the weights. For iOS 18 and later.
 
-Functions and not enumerated shapes, though both need iOS 18 for a model with two inputs: every shape is then a constant,
-so masks and positions fold away and the Neural Engine can take the whole of it. ML programs have no custom operator:
-sparse attention becomes standard operators (see `attention.static`) in the layers and lengths where that is less work.
+Functions and not enumerated shapes, though both need iOS 18 for a model of two inputs: every shape is a constant then,
+and masks and positions fold away. ML programs have no custom operator: sparse attention becomes standard operators
+(see `attention.static`) in the layers and at the lengths where that is less work.
 """
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ import torch
 from edgeformer_agent import wire
 
 from ..coreml_package import MANIFEST, MASKED, Converted, assemble
-from ..device import Device
 from ..errors import ExportError
 from ..model import Model
 from ..program import Program
@@ -49,12 +49,11 @@ PASSES = [
 _aten = torch.ops.aten
 
 
-def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[Program]:
+def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     """
     Batch 1, static shapes: a function for each of `model.lengths`, `length_0` where there is no sequence.
     Raises ExportError with the converter's own words.
     """
-    del device
     made: list[Any] = []  # the converter's results; their weights lie in folders that live as long as they do
     try:
         converted = {length: _converted(model, length, made) for length in model.lengths or (0,)}
@@ -62,10 +61,11 @@ def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[
         raise ExportError(f"coreml: {model.name} does not convert: {type(error).__name__}: {error}") from error
     for precision in precisions:
         package = assemble(converted, precision)
+        order = sorted(package.files, key=lambda name: (name != MANIFEST, name))
         yield Program(
             format="coreml",
             precision=precision,
-            files={f"{PACKAGE}/{name}": package.files[name] for name in (MANIFEST, *sorted(set(package.files) - {MANIFEST}))},
+            files={f"{PACKAGE}/{name}": package.files[name] for name in order},
             inputs=model.inputs,
             outputs=(model.output,),
             lengths=model.lengths,
@@ -97,7 +97,8 @@ def _converted(model: Model, length: int, made: list[Any]) -> Converted:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
+    """Without the converter's progress bars; what fails it raises."""
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
 

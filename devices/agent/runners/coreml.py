@@ -1,6 +1,7 @@
 """
-Core ML, by this agent's own interpreter of ML programs (`mil`, `mil_ops`): it checks what a package means wherever numpy
-runs. It says nothing about the speed of Core ML; on an iPhone the app under devices/ios runs the same package.
+Core ML, by this agent's own interpreter of ML programs (`mil`, `mil_ops`): what a package computes, wherever numpy runs.
+
+It says nothing about the speed of Core ML; on an iPhone the app under devices/ios runs the same package.
 """
 
 import bisect
@@ -17,7 +18,7 @@ def version():
     return CORE_ML
 
 
-def load(path, entry, threads=1, library=None):
+def load(path, entry, threads=1, library=None):  # noqa: ARG001
     # type: (str, wire.Entry, int, Optional[str]) -> Callable[[cases.Row], Any]
     """`path` is the package's Manifest.json. `threads` is numpy's own business."""
     package = mil.Package(os.path.dirname(path))
