@@ -37,6 +37,9 @@ TABLES = {  # tasks whose file is a table: how many texts a row, then a label
 TASKS = {**dict.fromkeys(TABLES, ".tsv"), "squad": ".json", "lambada": ".jsonl", "tokens": ".tsv or .jsonl"}
 
 
+Data = str | Path | Sequence[str] | None  # a file, texts, or samples of the package
+
+
 @dataclass(frozen=True)
 class Rows:
     """Inputs in order, with labels (one a row, or one a pair of rows) where the data has them."""
@@ -47,7 +50,7 @@ class Rows:
     task: wire.Task | None = None  # the model's task, with its metric
 
 
-def load(model: Model, data: str | Path | Sequence[str] | None, task: str | None, *, most: int = MAX_ROWS) -> Rows:
+def load(model: Model, data: Data, task: str | None, *, most: int = MAX_ROWS) -> Rows:
     """
     `data`: a .txt (one text a line), a labelled file with its `task` (of TASKS: a .tsv of texts, then a label, with a
     header line or none; or what `edgeformer.labelled` reads), a .npz (an array of rows for each input), texts, or None

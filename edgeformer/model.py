@@ -103,6 +103,9 @@ class Model:
         )
 
 
+Source = str | Path | torch.nn.Module | Model  # what `build` takes
+
+
 def load(
     source: str | Path | torch.nn.Module,
     *,

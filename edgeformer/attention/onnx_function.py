@@ -49,7 +49,7 @@ _BODY = """
   lowest = Constant <value_float = -3.4e38> ()
   highest = Constant <value_float = 3e38> ()
   tiny = Constant <value_float = 1e-37> ()
-  nowhere = Constant <value_int = 1099511627776> ()
+  nowhere = Constant <value_int = 1073741824> ()
   nowhere_before = Sub (nowhere, one)
   bq = Constant <value_int: int = @block_q> ()
   bk = Constant <value_int: int = @block_k> ()

@@ -38,7 +38,11 @@ _ATTEND = (
     f"Tensor idx, Tensor cnt, {_LENGTHS}, *, int block_q=64, int block_k=64, int causal=0, int q_offset=0, "
     "int compute=0, float scale=0.0"
 )
-SCHEMA = f"dsa(Tensor q, Tensor k, Tensor v, {_SCORER}, {_LENGTHS}, *, {_ALL}) -> Tensor"
+_OPERANDS = f"Tensor q, Tensor k, Tensor v, {_SCORER}, {_LENGTHS}, *, {_ALL}"
+SCHEMA = f"dsa({_OPERANDS}) -> Tensor"
+SCHEMA_OUT = (
+    f"dsa.out({_OPERANDS}, Tensor(a!) out) -> Tensor(a!)"  # what ExecuTorch makes of the call; it has no torch kernel
+)
 SCHEMA_SELECT = f"dsa_select(Tensor q, Tensor k, {_SCORER}, {_LENGTHS}, *, {_ATTRIBUTES}) -> (Tensor idx, Tensor cnt)"
 SCHEMA_ATTEND = f"dsa_attend(Tensor q, Tensor k, Tensor v, {_ATTEND}) -> Tensor"
 SCHEMA_BACKWARD = (
@@ -432,3 +436,4 @@ _define(SCHEMA_BACKWARD, _attend_backward, _backward_fake, _no_second_gradient, 
 _define(SCHEMA_SELECT, _select, _select_fake)
 _define(SCHEMA_ATTEND, _attend, _same_shape, _attend_gradient, 7)
 _define(SCHEMA, _dsa, _same_shape, _dsa_gradient, 10)
+torch.library.define(f"{NAMESPACE}::dsa.out", SCHEMA_OUT.removeprefix("dsa.out"))
