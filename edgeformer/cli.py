@@ -327,6 +327,35 @@ def run(
 
 
 @app.command()
+def generate(
+    context: typer.Context,
+    bundle: BundlePath,
+    prompt: Annotated[str, typer.Argument(help="A text; - reads it from stdin.")],
+    most: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to add at most.")] = 64,
+    program: Annotated[str | None, typer.Option("--program", help="This program, not the first that can.")] = None,
+    threads: Threads = None,
+    key: Keys = None,
+    as_json: Json = False,
+) -> None:
+    """
+    Let a decoder's bundle continue a text on this machine: the likeliest token, again and again.
+
+    [dim]edgeformer generate dist/smollm2-raspberry-pi-4 "The capital of France is" --max-new-tokens 8[/]
+    """
+    from .generate import generate as run_generate
+
+    screen, opened = context.obj, _open(bundle)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    found = run_generate(opened, text, max_new_tokens=most, program=program, threads=threads or 1, keys=key)
+    if as_json:
+        _document(screen, json.dumps(dataclasses.asdict(found), indent=1))
+        return
+    screen.out.print(found.text, markup=False, soft_wrap=True)
+    further = "" if found.next_ms is None else f", {found.next_ms:.1f} ms a further token"
+    screen.err.print(f"{found.program}: first token {found.first_ms:.1f} ms{further}", style="dim")
+
+
+@app.command()
 def deploy(
     context: typer.Context,
     bundle: BundlePath,
