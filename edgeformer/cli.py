@@ -164,7 +164,9 @@ def _bars(screen: Screen) -> Iterator[Callable[[str, int, int], None]]:
 def build(
     context: typer.Context,
     model: Annotated[str, typer.Option("--model", "-m", help="A Hugging Face folder or a hub id (org/name).")],
-    target: Annotated[str, typer.Option("--target", "-t", help="A target's name; see `edgeformer targets`.")],
+    target: Annotated[
+        list[str], typer.Option("--target", "-t", help="A target's name, see `edgeformer targets`; repeatable.")
+    ],
     data: Annotated[
         str | None, typer.Option(help="What to check with: .txt (a text a line), .tsv with --task, .npz.")
     ] = None,
@@ -203,29 +205,33 @@ def build(
     as_json: Json = False,
 ) -> None:
     """
-    Optimize, export, check, package and sign a model for a target.
+    Optimize, export, check, package and sign a model for one target or several.
 
     Every program is opened with the runner its device uses and held against fp32 PyTorch; one that loses more than the
     gate allows stops the build with exit code 1, and nothing is written.
 
-    [dim]edgeformer build --model ./my-model --target raspberry-pi-4 --data texts.txt[/]
+    With several, --json prints a list of documents.
+
+    [dim]edgeformer build --model ./my-model --target raspberry-pi-4 --target pixel-7 --data texts.txt[/]
     """
     from .build import build as run_build
     from .summary import table, to_json
 
     screen: Screen = context.obj
     with _bars(screen) as progress, _quiet(screen):
-        bundle = run_build(
+        bundles = run_build(
             model, target, data=data, task=task, out=out, precision=precision or None, formats=format, gate=gate,
             attention=attention, budget=budget,
             lengths=length, name=name, version=bundle_version, expires=expires, key=key, overwrite=overwrite,
             progress=progress,
         )  # fmt: skip
     if as_json:
-        _document(screen, to_json(bundle.manifest, ()))
+        documents = [to_json(bundle.manifest, ()).rstrip() for bundle in bundles]
+        _document(screen, documents[0] if len(documents) == 1 else "[\n" + ",\n".join(documents) + "\n]")
         return
-    screen.err.print(table(bundle.manifest, ()))
-    screen.out.print(str(bundle.path), soft_wrap=True)
+    for bundle in bundles:
+        screen.err.print(table(bundle.manifest, ()))
+        screen.out.print(str(bundle.path), soft_wrap=True)
 
 
 @app.command()

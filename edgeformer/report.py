@@ -7,11 +7,9 @@ Measured, emulated and modelled figures never share an axis unless the predictio
 """
 
 import math
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from html import escape
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +18,19 @@ from edgeformer_agent.wire import Entry, Fidelity, Latency, Manifest, Memory, Re
 
 from . import plot
 from .compare import NOISE, Comparison, machine
+from .page import (
+    Cell,
+    Raw,
+    details as _details,
+    document,
+    figure as _figure,
+    section as _section,
+    table as _table,
+    text as _t,
+)
 from .plot import Label, tag
 from .summary import (
     EMULATED,
-    LONGEST,
     MISSING,
     MODELLED,
     NO_SENSOR,
@@ -45,7 +52,6 @@ __all__ = ["Row", "rows", "table", "to_html", "to_json"]
 
 BINS = 56
 LENGTHS = 40  # places on the token axis of a panel
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 PREDICTED = "predicted_latency_ms"
 NAMES = {
     "latency_ms": "latency, median",
@@ -65,13 +71,6 @@ VERDICTS = {"faster": "good", "better": "good", "as predicted": "good", "slower"
 VERDICTS["outside the band"] = "bad"
 
 
-class Raw(NamedTuple):
-    """Markup, to be told from text, which is always escaped."""
-
-    html: str
-
-
-Cell = str | Raw
 Timed = tuple[Row, Latency]
 Judged = tuple[Row, Fidelity]
 
@@ -105,15 +104,7 @@ def to_html(
     page = Page(manifest, reports, comparisons, rows(manifest, reports), signer)
     sections = (_validity, _programs, _latency, _distributions, _fidelity, _resources, _compared, _places, _bundle)
     body = _header(page) + "".join(section(page) for section in sections) + _footer()
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{_t(manifest.name)} {manifest.version} on {_t(manifest.target)}: edgeformer report</title>"
-        f"<style>{style}</style></head><body><main>{body}</main></body></html>\n"
-    )
+    return document(f"{manifest.name} {manifest.version} on {manifest.target}: edgeformer report", body)
 
 
 # --- the top of the page ------------------------------------------------------------------------------------------
@@ -575,38 +566,6 @@ def _footer() -> str:
 
 
 # --- markup -------------------------------------------------------------------------------------------------------
-
-
-def _t(value: object, longest: int = LONGEST) -> str:
-    """A report's words as text of the page."""
-    return escape(clean(value, longest), quote=True)
-
-
-def _section(key: str, title: str, inside: str, style: str = "") -> str:
-    head = f'<h2 id="{key}-h">{title}</h2>'
-    return f'<section id="{key}" class="{style}" aria-labelledby="{key}-h">{head}{inside}</section>'
-
-
-def _figure(picture: str, caption: str) -> str:
-    return f'<figure><div class="scroll">{picture}</div><figcaption>{caption}</figcaption></figure>'
-
-
-def _details(summary: str, inside: str) -> str:
-    return f"<details><summary>{summary}</summary>{inside}</details>"
-
-
-def _table(caption: str, heads: Sequence[str], lines: Iterable[Sequence[Cell]]) -> str:
-    """A heading that begins with > makes a column of figures, with ~ one that does not wrap. First cells name lines."""
-    styles = [{">": ' class="n"', "~": ' class="w"'}.get(head[:1], "") for head in heads]
-    top = "".join(f'<th scope="col"{s}>{_t(h.lstrip(">~"))}</th>' for s, h in zip(styles, heads, strict=True))
-    body = "".join(f"<tr>{''.join(map(_cell, range(len(heads)), styles, line))}</tr>" for line in lines)
-    inside = f"<caption>{_t(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="scroll"><table>{inside}</table></div>'
-
-
-def _cell(place: int, style: str, cell: Cell) -> str:
-    inside = cell.html if isinstance(cell, Raw) else _t(cell, 400)
-    return f"<td{style}>{inside}</td>" if place else f'<th scope="row"{style}>{inside}</th>'
 
 
 def _label(row: Row, figure: str, detail: str = "", seen: str = "") -> Label:

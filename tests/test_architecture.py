@@ -106,7 +106,7 @@ def every_format_has_a_runner_of_the_same_name(root: Path) -> Iterator[str]:
 
 
 def a_format_is_one_function(root: Path) -> Iterator[str]:
-    wanted = [("export", "model: Model, device: Device, precisions: Sequence[str]", "Iterator[Program]")]
+    wanted = [("export", "model: Model, precisions: Sequence[str]", "Iterator[Program]")]
     for path in (root / "edgeformer" / "formats").glob("[!_]*.py"):
         body = ast.parse(path.read_text()).body
         functions = [n for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name[0] != "_"]
@@ -116,7 +116,7 @@ def a_format_is_one_function(root: Path) -> Iterator[str]:
             if isinstance(n, ast.FunctionDef)
         ]
         if seen != wanted or len(functions) != 1:
-            yield f"{path.name} offers {[n.name for n in functions]}, not export(model, device, precisions)"
+            yield f"{path.name} offers {[n.name for n in functions]}, not export(model, precisions)"
         if not any(ast.unparse(n).startswith("PRECISIONS = (") for n in body):
             yield f"{path.name} does not say its PRECISIONS"
 

@@ -25,7 +25,6 @@ from litert_torch.backend.composite.stablehlo_composite_builder import StableHLO
 from edgeformer_agent import wire
 
 from ..attention import composite
-from ..device import Device
 from ..errors import ExportError
 from ..model import Model
 from ..program import Program
@@ -38,7 +37,7 @@ COMPOSITE, COMPOSITE_VERSION = "edgeformer.dsa", 1
 _RULES = ("rule", "min_blocks", "max_blocks")
 
 
-def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[Program]:
+def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     """
     Static shapes, batch 1: a signature `length_N` for each of `model.lengths`, `length_0` where there is no sequence.
     Raises ExportError with the converter's own words.
@@ -54,7 +53,7 @@ def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[
             outputs=(model.output,),
             lengths=model.lengths,
             runtime=RUNTIME,
-            needs=wire.Needs(glibc=GLIBC if device.glibc else None),
+            needs=wire.Needs(glibc=GLIBC),
             work=_work(packed),
             sparse=COMPOSITE.encode() in packed,
         )

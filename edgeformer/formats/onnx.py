@@ -22,7 +22,6 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from edgeformer_agent import wire
 
 from ..attention import onnx_function
-from ..device import Device
 from ..errors import ExportError
 from ..model import Model
 from ..program import Program
@@ -37,7 +36,7 @@ PRODUCTS = ("MatMul", "Gemm", "MatMulInteger", "Conv", "ConvInteger", onnx_funct
 DTYPES = {"tensor(int32)": np.int32, "tensor(int64)": np.int64, "tensor(float)": np.float32}
 
 
-def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[Program]:
+def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     """One file each, any batch, any length up to `model.max_length`. Raises ExportError in the exporter's own words."""
     fp32 = _fp32(model)
     for precision in precisions:
@@ -50,7 +49,7 @@ def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[
             outputs=(model.output,),
             lengths=(),
             runtime=RUNTIME,
-            needs=wire.Needs(glibc=GLIBC if device.glibc else None),
+            needs=wire.Needs(glibc=GLIBC),
             work=_work(proto, (1, *model.lengths) if model.lengths else (0,)),
             sparse=onnx_function.present(proto),
         )
