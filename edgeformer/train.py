@@ -56,7 +56,9 @@ class Recipe:
             if not getattr(self, name) > 0:
                 raise BadInput(f"recipe: {name} {getattr(self, name)} must be above 0")
         if not (0 <= self.warmup < 1 and self.weight_decay >= 0):
-            raise BadInput(f"recipe: warmup {self.warmup} must be in [0, 1), weight_decay {self.weight_decay} not below 0")
+            raise BadInput(
+                f"recipe: warmup {self.warmup} must be in [0, 1), weight_decay {self.weight_decay} not below 0"
+            )
         if self.accumulate > self.batch:
             raise BadInput(f"recipe: {self.accumulate} parts of a batch of {self.batch} rows; use fewer parts")
 
@@ -96,7 +98,7 @@ def fit(
     if not per_epoch:
         raise BadInput("no rows to train on")
     steps = max(round(recipe.epochs * per_epoch), 1)
-    learned = {name: x for name, x in module.named_parameters() if x.requires_grad}
+    learned: dict[str, Tensor] = {name: x for name, x in module.named_parameters() if x.requires_grad}
     optimizer = _optimizer(learned, recipe)
     identity = _digest(learned, lengths, recipe, made_of)
     first, mean = _resume(checkpoint, identity, module, learned, optimizer)
@@ -133,7 +135,9 @@ def batches(lengths: Sequence[int], batch: int, seed: int, epoch: int) -> list[l
     return [made[i] for i in random.permutation(len(made))]
 
 
-def _step(learned: list[Tensor], rows: list[int], loss: Loss, optimizer: torch.optim.Optimizer, recipe: Recipe) -> float:
+def _step(
+    learned: list[Tensor], rows: list[int], loss: Loss, optimizer: torch.optim.Optimizer, recipe: Recipe
+) -> float:
     """One step over `rows`, in parts. Returns their mean loss."""
     optimizer.zero_grad()
     total, size = 0.0, -(-len(rows) // recipe.accumulate)

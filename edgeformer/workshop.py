@@ -80,7 +80,7 @@ class Workshop:
 
     def _check(self, model: Model, program: Program) -> Made:
         """Opens the program with the device's runner and holds it against the gate."""
-        entry = _entry(program)
+        entry = described(program)
         total = len(self.rows.rows)
         outputs = check.run(program, entry, self.rows.rows, lambda n: self.report(f"check {program.name}", n, total))
         found = check.fidelity(model, outputs, self.wanted, self.rows.labels)
@@ -103,7 +103,7 @@ def _choice(model: Model, plan: Plan, rows: Rows, wanted: str, budget: float) ->
     return {"chosen": "dsa" if sparse else "dense", "why": why, "modelled_gain": round(gain, 3), "budget": budget}
 
 
-def _entry(program: Program) -> wire.Entry:
+def described(program: Program) -> wire.Entry:
     """What every device is told."""
     return wire.Entry(
         name=program.name,

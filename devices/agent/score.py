@@ -54,19 +54,46 @@ def similarity(task, got, want):
 def metric(task, outputs, labels):
     # type: (wire.Task, Any, Any) -> float
     """
-    accuracy: share of rows whose argmax is the label. spearman: rank correlation of predictions and labels.
+    accuracy: share of rows whose argmax is the label. mcc, macro_f1: of the same answers, Matthews' correlation and the
+    mean F1 of the classes. spearman, pearson: correlation of predictions and labels, of their ranks or of their values.
     A row that is not finite is wrong; it has no rank, so that nothing is correlated then.
     """
     got, labels = _matrix(outputs), np.asarray(labels, np.float64)
     finite = np.isfinite(got).all(axis=1)
     if task.metric == "accuracy":
         return float(((got.argmax(axis=1) == labels) & finite).mean())
-    if task.metric == "spearman":
+    if task.metric in ("mcc", "macro_f1"):
+        table = _confusion(np.where(finite, got.argmax(axis=1), -1), labels, got.shape[1])
+        return _matthews(table) if task.metric == "mcc" else _macro_f1(table)
+    if task.metric in ("spearman", "pearson"):
         if not finite.all():
             return 0.0
         predicted = _cosine(got[0::2], got[1::2]) if task.paired else got[:, 0]
-        return _pearson(_ranks(predicted), _ranks(labels))
-    raise ValueError("no metric {!r}; known: accuracy, spearman".format(task.metric))
+        return _pearson(predicted, labels) if task.metric == "pearson" else _pearson(_ranks(predicted), _ranks(labels))
+    raise ValueError("no metric {!r}; known: accuracy, mcc, macro_f1, pearson, spearman".format(task.metric))
+
+
+def _confusion(chosen, labels, classes):
+    # type: (Any, Any, int) -> Any
+    """[class chosen, class wanted]; the last row counts what was not answered (-1)."""
+    table = np.zeros((classes + 1, classes + 1))
+    np.add.at(table, (chosen, labels.astype(int)), 1)
+    return table
+
+
+def _matthews(table):
+    # type: (Any) -> float
+    """Multi-class Matthews correlation; 0 where all answers or all labels are one class."""
+    chosen, wanted, total = table.sum(axis=1), table.sum(axis=0), table.sum()
+    scale = float(np.sqrt((total**2 - (chosen**2).sum()) * (total**2 - (wanted**2).sum())))
+    return float((np.trace(table) * total - (chosen * wanted).sum()) / scale) if scale else 0.0
+
+
+def _macro_f1(table):
+    # type: (Any) -> float
+    """Mean over the classes that were chosen or wanted."""
+    both = (table.sum(axis=0) + table.sum(axis=1))[:-1]
+    return float((2 * np.diag(table)[:-1] / np.maximum(both, 1))[both > 0].mean())
 
 
 def _mean(task, got, want, rows):

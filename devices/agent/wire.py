@@ -70,7 +70,7 @@ class Fidelity(NamedTuple):
     worst: float  # the least similar row
     max_abs: float  # largest absolute difference of any output value
     rows: int
-    metric: Optional[str] = None  # accuracy | spearman
+    metric: Optional[str] = None  # accuracy | macro_f1 | mcc | pearson | spearman
     value: Optional[float] = None
     reference: Optional[float] = None  # the same metric of the fp32 PyTorch model
 
@@ -115,7 +115,7 @@ class Task(NamedTuple):
     """What the outputs mean and how they are judged."""
 
     kind: str  # embedding | classification | regression
-    metric: Optional[str] = None  # accuracy | spearman
+    metric: Optional[str] = None  # accuracy | macro_f1 | mcc | pearson | spearman
     paired: bool = False  # rows 2i and 2i+1 are compared with each other
     labels: Tuple[str, ...] = ()
 

@@ -5,7 +5,8 @@ Distillation: a student learns to answer as its teacher does, on texts that need
 
 What a student may learn from: the teacher's answer (response), its last hidden states through a projection (feature),
 how its tokens relate to each other (relation, on the values of the last attention layer), how it arranges a batch
-(batch), and labels (hard). The teacher runs once: its outputs are kept in a folder that an interrupted run goes on from.
+(batch), and labels (hard). The teacher runs once: its outputs are kept in a folder, from which an interrupted run goes
+on.
 """
 
 from __future__ import annotations
@@ -76,9 +77,9 @@ def distil(
     texts: Sequence[str],
     *,
     labels: Sequence[float] | None = None,
-    losses: Losses = Losses(),  # noqa: B008 (frozen)
+    losses: Losses = Losses(),
     recipe: Recipe = Recipe(),  # noqa: B008 (frozen)
-    augment: Augment = Augment(),  # noqa: B008 (frozen)
+    augment: Augment = Augment(),
     length: int = 128,
     folder: str | Path | None = None,
     progress: Progress = quiet,
@@ -98,18 +99,24 @@ def distil(
         rows = _encode(model, read_texts, length)
         theirs = _encode(teacher, read_texts, length)
         if losses.deep and any(len(a[0]) != len(b[0]) for a, b in zip(rows, theirs, strict=True)):
-            raise BadInput("feature, relation and batch compare tokens; teacher and student cut these texts differently")
+            raise BadInput("feature, relation and batch compare tokens; teacher and student cut texts differently")
         known = answers(teacher, theirs, losses.deep, Path(folder) if folder else None, recipe.bf16, progress)
         module = copy.deepcopy(model.module)
         learner = _Learner(model, module, known, _targets(labels, len(read_texts)), rows, losses)
-        lengths = [len(row[0]) for row in rows]
         made_of = _digest(repr((losses, model.task.kind, known.made_of, labels)), rows)
         name = _digest(f"{made_of} {recipe} {_of(module)}", ())[:16]
         checkpoint = Path(folder) / "students" / f"{name}.safetensors" if folder else None
         with _tapped(module, losses.deep) as taken:
             loss = learner.loss(taken)
             done = fit(
-                learner.module, lengths, loss, recipe, checkpoint=checkpoint, made_of=made_of, what="distil", progress=progress
+                learner.module,
+                [len(row[0]) for row in rows],
+                loss,
+                recipe,
+                checkpoint=checkpoint,
+                made_of=made_of,
+                what="distil",
+                progress=progress,
             )
         facts = {
             "texts": len(texts),
@@ -167,7 +174,7 @@ def _encode(model: Model, texts: Sequence[str], length: int) -> list[Encoded]:
     return list(zip(*columns, strict=True))
 
 
-def _batch(rows: Sequence[Encoded], pads: Sequence[int]) -> tuple[Tensor, ...]:
+def _batch(rows: Sequence[Encoded], pads: Sequence[float]) -> tuple[Tensor, ...]:
     """Inputs of shape [rows, longest], padded on the right."""
     longest = max(len(row[0]) for row in rows)
     made = []
@@ -281,11 +288,11 @@ class _Learner:
         self.module = torch.nn.ModuleDict({"student": student})
         if losses.feature:
             ours, theirs = _width(student), known.tokens["hidden"].shape[-1]
-            self.module["project"] = torch.nn.Linear(ours, theirs)
+            project = torch.nn.Linear(ours, theirs, bias=False)
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                torch.nn.init.orthogonal_(self.module["project"].weight)
-                self.module["project"].bias.zero_()
+                torch.nn.init.orthogonal_(project.weight)
+            self.module["project"] = project
 
     def loss(self, taken: dict[str, Tensor]) -> Callable[[Sequence[int]], Tensor]:
         """`taken`: what the student's own forward leaves behind."""
@@ -348,8 +355,8 @@ def relation(got: Tensor, want: Tensor, valid: Tensor) -> Tensor:
 
 def _relations(x: Tensor, valid: Tensor, heads: int) -> Tensor:
     """[rows, tokens, width] -> log distributions [rows, heads, tokens, tokens]"""
-    split = x.unflatten(-1, (heads, -1)).transpose(1, 2)
-    z = split @ split.transpose(-1, -2) / split.shape[-1] ** 0.5
+    split = x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
+    z: Tensor = split @ split.transpose(-1, -2) / split.shape[-1] ** 0.5
     return z.masked_fill(~valid[:, None, None, :], -1e4).log_softmax(-1)
 
 
@@ -379,7 +386,8 @@ def _targets(labels: Sequence[float] | None, count: int) -> Tensor:
 
 
 def _width(module: torch.nn.Module) -> int:
-    return int(next(m.config.hidden_size for m in module.modules() if hasattr(m, "config")))
+    owner: Any = next(m for m in module.modules() if hasattr(m, "config"))
+    return int(owner.config.hidden_size)
 
 
 # --- names of what is kept --------------------------------------------------------------------------------------------
@@ -399,4 +407,3 @@ def _digest(what: str, rows: Sequence[Encoded]) -> str:
         for x in row:
             digest.update(x.tobytes() + b"|")
     return digest.hexdigest()
-

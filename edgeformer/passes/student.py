@@ -134,9 +134,7 @@ def positions(most: int) -> Pass:
         part: Any = next((m for m in module.modules() if hasattr(m, "position_embeddings")), None)
         if part is None or part.position_embeddings.padding_idx is not None:
             raise BadInput(f"{model.name} has no table of positions that counts from 0; nothing to cut")
-        part.position_embeddings = torch.nn.Embedding.from_pretrained(
-            part.position_embeddings.weight.detach()[:most].clone(), freeze=False
-        )
+        part.position_embeddings = _table(part.position_embeddings.weight.detach()[:most], None)
         for name, buffer in list(part.named_buffers(recurse=False)):
             part.register_buffer(name, buffer[:, :most].clone(), persistent=False)
         for config in _configs(module):
@@ -158,9 +156,8 @@ def embeddings(rank: int) -> Pass:
             raise BadInput(f"embeddings: rank {rank} must be above 0 and below the width of a table not yet factorized")
         u, s, v = torch.linalg.svd(table.weight.detach().double(), full_matrices=False)
         share = s[:rank].sqrt()
-        narrow = torch.nn.Embedding(table.num_embeddings, rank, table.padding_idx)
+        narrow = _table((u[:, :rank] * share).float(), table.padding_idx)
         wide = torch.nn.Linear(rank, table.embedding_dim, bias=False)
-        narrow.weight.data = (u[:, :rank] * share).float()
         wide.weight.data = (share[:, None] * v[:rank]).T.contiguous().float()
         part.word_embeddings = torch.nn.Sequential(narrow, wide)
         energy = float((s[:rank] ** 2).sum() / (s**2).sum())
@@ -302,14 +299,20 @@ def _rewritten(folder: Path, written: dict[str, Any], kept: list[int]) -> tuple[
 def _cut_embeddings(module: torch.nn.Module, kept: list[int], pad: int | None) -> None:
     part = _words(module)
     holder = part.word_embeddings
-    table = holder[0] if isinstance(holder, torch.nn.Sequential) else holder
+    table: Any = holder[0] if isinstance(holder, torch.nn.Sequential) else holder
     if kept[-1] >= table.num_embeddings:
         raise BadInput(f"the tokenizer has an id {kept[-1]}, the model {table.num_embeddings} words: not a pair")
-    rows = table.weight.detach()[torch.tensor(kept)].clone()
-    smaller = torch.nn.Embedding.from_pretrained(rows, freeze=False, padding_idx=pad)
+    smaller = _table(table.weight.detach()[torch.tensor(kept)], pad)
     if isinstance(holder, torch.nn.Sequential):
         holder[0] = smaller
     else:
         part.word_embeddings = smaller
     for config in _configs(module):
         config.vocab_size, config.pad_token_id = len(kept), pad
+
+
+def _table(rows: Tensor, pad: int | None) -> torch.nn.Embedding:
+    """An embedding that can be trained, of the given rows."""
+    made = torch.nn.Embedding(*rows.shape, padding_idx=pad)
+    made.weight.data = rows.clone()
+    return made
