@@ -212,7 +212,14 @@ def _include(folder: Path) -> list[str]:
 def _link(folder: Path, libraries: Sequence[str]) -> list[str]:
     """Kernels and backends register themselves when they are loaded: the linker must keep them."""
     names = [f"-l{n}" for n in libraries]
-    return ["-Wl,--no-as-needed", f"-L{folder / 'lib'}", *names, "-Wl,--allow-shlib-undefined", "-lpthread", "-Wl,-rpath,$ORIGIN"]
+    return [
+        "-Wl,--no-as-needed",
+        f"-L{folder / 'lib'}",
+        *names,
+        "-Wl,--allow-shlib-undefined",
+        "-lpthread",
+        "-Wl,-rpath,$ORIGIN",
+    ]
 
 
 def _unit(goal: Target, source: Path, work: Path, headers: Sequence[str]) -> str:

@@ -22,8 +22,8 @@ from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
 from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec
-from torch.fx.passes.dialect.common.cse_pass import CSEPass
 from torch.ao.quantization.fx import _decomposed  # noqa: F401 (defines the rest of quantized_decomposed)
+from torch.fx.passes.dialect.common.cse_pass import CSEPass
 
 from edgeformer_agent import wire
 

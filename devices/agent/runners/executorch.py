@@ -143,7 +143,7 @@ class Runner:
 
     def _reply(self):
         # type: () -> bytes
-        size, = struct.unpack("<I", self._read(4))
+        (size,) = struct.unpack("<I", self._read(4))
         reply = self._read(size)
         if reply[:1] != b"\0":
             raise Broken(_Reader(reply[1:]).text())
