@@ -28,14 +28,14 @@ Node = torch.fx.Node
 
 
 class Group(NamedTuple):
-    """Unit u owns rows `p * count * width + u * width ...` of each layer in `into` for each part p, and columns
+    """Unit u owns rows `p * units * width + u * width ...` of each layer in `into` for each part p, and columns
     `u * width ...` of `out`. Layers are named by their path in the module."""
 
     kind: str  # HEADS or COLUMNS
     layer: int  # which layer of the model, from the input
     into: tuple[str, ...]
     out: str
-    count: int
+    units: int
     width: int  # channels a unit
     parts: int  # 1, or 3 for fused query-key-value, 2 for a fused gate
 
@@ -53,7 +53,7 @@ def groups(model: Model) -> tuple[Group, ...]:
     except Exception as error:
         raise BadInput(f"{model.name} cannot be traced, so nothing in it can be pruned: {error}") from error
     owners = graph.graph_signature.inputs_to_parameters
-    linears = {n: owners[n.args[1].name].removesuffix(".weight") for n in graph.graph.nodes if _is(n, "linear")}  # type: ignore[union-attr]
+    linears = {n: owners[n.args[1].name].removesuffix(".weight") for n in graph.graph.nodes if _is(n, "linear")}
     found = [g for n in graph.graph.nodes if (g := _attention(n, linears) or _feed_forward(n, linears))]
     if not found:
         raise BadInput(
@@ -71,7 +71,7 @@ def stacks(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.ModuleList]]
 def rows(group: Group, units: torch.Tensor) -> torch.Tensor:
     """The rows of each layer in `into` that belong to `units`, first part first."""
     columns = channels(group, units)
-    return torch.cat([columns + part * group.count * group.width for part in range(group.parts)])
+    return torch.cat([columns + part * group.units * group.width for part in range(group.parts)])
 
 
 def channels(group: Group, units: torch.Tensor) -> torch.Tensor:
@@ -152,15 +152,15 @@ def _narrow(linear: Any, axis: int, index: torch.Tensor) -> None:
 def _recount(attention: Any, group: Group, kept: torch.Tensor) -> None:
     """What the attention module says of its own size; `num_attention_heads` is also what `attention.swap` reads."""
     for names, before, after in (
-        (_HEAD_COUNTS, group.count, len(kept)),
-        (_WIDTHS, group.count * group.width, len(kept) * group.width),
+        (_HEAD_COUNTS, group.units, len(kept)),
+        (_WIDTHS, group.units * group.width, len(kept) * group.width),
     ):
         for name in names:
             if getattr(attention, name, None) == before:
                 setattr(attention, name, after)
     attention.num_attention_heads = len(kept)
-    if len(kept) < group.count:
-        attention.register_forward_pre_hook(_Heads(group.count, kept.long()), with_kwargs=True)
+    if len(kept) < group.units:
+        attention.register_forward_pre_hook(_Heads(group.units, kept.long()), with_kwargs=True)
 
 
 def _attention(node: Node, linears: dict[Node, str]) -> Group | None:

@@ -9,27 +9,28 @@ model's own prediction.
 
 Methods, by what a removal is expected to do to the loss:
   obs        second order in the weights of the output layer, with the best correction by the units that stay
-             (Optimal Brain Surgeon over columns, ZipLM: Kurtic et al. 2023); inputs and gradients of the calibration rows
+             (Optimal Brain Surgeon over columns, ZipLM: Kurtic et al. 2023), from the inputs and gradients of the rows
   fisher     second order in a mask over units (retraining-free framework: Kwon et al. 2022)
   taylor     first order in the same mask
   magnitude  norm of the weights; reads no row
 
-torch-pruning 1.6.1 was tried for the removal (torch 2.13): it fails on a fused query-key-value layer with an IndexError,
-leaves the heads of shared position biases alone, and prunes the classes of a head unless told; criteria over several
-layers with a price for each, and the fit, would remain to be written. `edgeformer.structure` reads the groups from the
-exported graph instead.
+torch-pruning 1.6.1 was tried for the removal (torch 2.13): it fails on ModernBERT's fused query-key-value layer with an
+IndexError, leaves MPNet's heads (they share a position bias) as they are, and cuts classes off a head unless told not
+to; costs, the choice between layers and the fit would remain to be written. `edgeformer.structure` reads the groups
+from the exported graph instead.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from .. import data, structure
+from .. import calibration, structure
 from ..device import Device
 from ..errors import BadInput
 from ..model import Model
@@ -39,37 +40,40 @@ from . import Pass
 METHODS = ("obs", "fisher", "taylor", "magnitude")
 GRAIN = 32  # columns leave in multiples: what a vector of any instruction set holds in int8
 MOST_ROWS = 512
-BATCH_TOKENS = 2048
 DAMPING = 0.01  # of the mean eigenvalue: inputs are nearly dependent where rows are few
 UNIFORM = 0.1  # share of the weight of a token that does not depend on its gradient
 STEPS = 2000  # costs are compared in so many steps of the budget
 
 Tensor = torch.Tensor
 Cost = Callable[[Group, int], float]  # of a group with so many units left, in any unit
-Calibration = Sequence[str] | data.Rows
 
 
 class Path(NamedTuple):
-    """How one group shrinks: damage [steps + 1] with so many units left, and the units in the order in which they go."""
+    """How one group shrinks: the damage with so many units left, and the units in the order in which they go."""
 
     left: tuple[int, ...]  # descending, from all
     damage: tuple[float, ...]
     order: tuple[int, ...]
 
 
+def operations(group: Group, kept: int) -> float:
+    """Channels through linear layers: in proportion to the multiply-adds a token."""
+    return float(kept * group.width * (4 if group.kind == HEADS else 1 + group.parts))
+
+
 def structured(
-    rows: Calibration,
+    rows: calibration.Rows,
     *,
     keep: float = 0.6,
     method: str = "obs",
-    cost: Cost | None = None,
+    cost: Cost = operations,
     grain: int = GRAIN,
     uniform_heads: bool = False,
     fit: bool = True,
 ) -> Pass:
     """
     rows: texts, or what `data.load` gave; labels serve where it has them. keep: the share of the groups' cost to keep.
-    cost: what a group costs with so many units (`modelled`, `tabulated`); multiply-adds a token by default.
+    cost: what a group costs with so many units: `operations`, `modelled` or `tabulated`.
     grain: columns leave in multiples of it. uniform_heads: as many heads in every layer, as sparse attention wants.
     fit: least squares of what stays. Raises BadInput.
     """
@@ -80,20 +84,19 @@ def structured(
 
     def run(model: Model) -> Model:
         found = structure.groups(model)
-        batches = list(_batches(model, rows))
+        batches = list(calibration.batches(model, rows, MOST_ROWS))
         module = copy.deepcopy(model.module)
         paths = _paths(module, found, batches, method, grain, model.task.kind)
-        price = cost or operations(found)
-        kept = allocate(found, paths, price, keep, uniform_heads)
-        removed = {g: torch.tensor(sorted(p.order[: g.count - k])) for g, p, k in zip(found, paths, kept, strict=True)}
+        kept = allocate(found, paths, cost, keep, uniform_heads)
+        removed = {g: torch.tensor(sorted(p.order[: g.units - k])) for g, p, k in zip(found, paths, kept, strict=True)}
         before = sum(p.numel() for p in module.parameters())
         errors = _apply(module, removed, batches, fit)
         facts = {
             "method": method,
             "keep": keep,
             "kept": {g.name: k for g, k in zip(found, kept, strict=True)},
-            "of": {g.name: g.count for g in found},
-            "cost_kept": round(sum(map(price, found, kept)) / sum(price(g, g.count) for g in found), 4),
+            "of": {g.name: g.units for g in found},
+            "cost_kept": round(sum(map(cost, found, kept)) / sum(cost(g, g.units) for g in found), 4),
             "parameters_before": before,
             "parameters": sum(p.numel() for p in module.parameters()),
             "rows": sum(len(b.inputs[0]) for b in batches),
@@ -106,12 +109,6 @@ def structured(
 
 
 # --- what units cost --------------------------------------------------------------------------------------------------
-
-
-def operations(groups: Sequence[Group]) -> Cost:
-    """Multiply-adds a token in the linear layers: in proportion to the units, a head as wide as its query, key, value."""
-    del groups
-    return lambda group, kept: float(kept * group.width * (4 if group.kind == HEADS else 1 + group.parts))
 
 
 def modelled(device: Device, hidden: int, tokens: int, *, int8: bool = True) -> Cost:
@@ -146,7 +143,7 @@ def allocate(
     groups: Sequence[Group], paths: Sequence[Path], cost: Cost, keep: float, uniform_heads: bool = False
 ) -> list[int]:
     """Units to keep of each group: the least sum of damage within `keep` of the whole cost, by dynamic programming."""
-    whole = sum(cost(g, g.count) for g in groups)
+    whole = sum(cost(g, g.units) for g in groups)
     if uniform_heads:
         return _uniform(groups, paths, cost, keep)
     step = keep * whole / STEPS
@@ -173,10 +170,10 @@ def _uniform(groups: Sequence[Group], paths: Sequence[Path], cost: Cost, keep: f
     """The number of heads, the same everywhere, with which the best allocation of columns damages least."""
     heads = [i for i, g in enumerate(groups) if g.kind == HEADS]
     columns = [i for i, g in enumerate(groups) if g.kind == COLUMNS]
-    budget = keep * sum(cost(g, g.count) for g in groups)
-    of_columns = sum(cost(groups[i], groups[i].count) for i in columns)
+    budget = keep * sum(cost(g, g.units) for g in groups)
+    of_columns = sum(cost(groups[i], groups[i].units) for i in columns)
     best: tuple[float, list[int]] | None = None
-    for number in range(1, groups[heads[0]].count + 1):
+    for number in range(1, groups[heads[0]].units + 1):
         share = (budget - sum(cost(groups[i], number) for i in heads)) / max(of_columns, 1e-30)
         if share <= 0:
             break
@@ -193,12 +190,6 @@ def _uniform(groups: Sequence[Group], paths: Sequence[Path], cost: Cost, keep: f
 # --- what units are worth ---------------------------------------------------------------------------------------------
 
 
-class Batch(NamedTuple):
-    inputs: tuple[Tensor, ...]
-    valid: Tensor | None  # [B, N] tokens that are not padding
-    labels: Tensor | None
-
-
 class _Seen(NamedTuple):
     """Sums over tokens at one output layer; D channels of its input and a constant 1, C of its output."""
 
@@ -208,7 +199,12 @@ class _Seen(NamedTuple):
 
 
 def _paths(
-    module: torch.nn.Module, groups: Sequence[Group], batches: Sequence[Batch], method: str, grain: int, kind: str
+    module: torch.nn.Module,
+    groups: Sequence[Group],
+    batches: Sequence[calibration.Batch],
+    method: str,
+    grain: int,
+    kind: str,
 ) -> list[Path]:
     if method == "magnitude":
         norms = [_norms(module, g) for g in groups]
@@ -223,30 +219,30 @@ def _paths(
 
 def _norms(module: torch.nn.Module, group: Group) -> Tensor:
     """Squared norm of each unit's weights, relative to the mean of its group."""
-    into = torch.zeros(group.count)
+    into = torch.zeros(group.units)
     for name in group.into:
         weight: Any = module.get_submodule(name).weight
-        into += weight.detach().pow(2).sum(1).view(group.parts, group.count, group.width).sum((0, 2))
+        into += weight.detach().pow(2).sum(1).view(group.parts, group.units, group.width).sum((0, 2))
     out: Any = module.get_submodule(group.out).weight
-    norms = into + out.detach().pow(2).sum(0).view(group.count, group.width).sum(1)
+    norms: Tensor = into + out.detach().pow(2).sum(0).view(group.units, group.width).sum(1)
     return norms / norms.mean()
 
 
 def _grain(group: Group, grain: int) -> int:
     """Columns go in whole grains, and the first step takes what is over; heads go one by one."""
-    return grain if group.kind == COLUMNS and group.count > grain else 1
+    return grain if group.kind == COLUMNS and group.units > grain else 1
 
 
 def _ranked(group: Group, worth: Tensor, grain: int) -> Path:
     order = worth.argsort()
     total = torch.cat([torch.zeros(1), worth[order].cumsum(0)])
     left = _left(group, grain)
-    return Path(left, tuple(float(total[group.count - n]) for n in left), tuple(order.tolist()))
+    return Path(left, tuple(float(total[group.units - n]) for n in left), tuple(order.tolist()))
 
 
 def _left(group: Group, grain: int) -> tuple[int, ...]:
     size = _grain(group, grain)
-    return (group.count, *(n for n in range(group.count - 1, -1, -1) if n % size == 0))
+    return (group.units, *(n for n in range(group.units - 1, -1, -1) if n % size == 0))
 
 
 def _fisher(group: Group, fisher: Tensor, grain: int) -> Path:
@@ -254,7 +250,7 @@ def _fisher(group: Group, fisher: Tensor, grain: int) -> Path:
     order: list[int] = []
     damage, left = [0.0], _left(group, grain)
     adds, gone = fisher.diagonal().clone(), 0.0
-    for before, after in zip(left, left[1:], strict=False):
+    for before, after in pairwise(left):
         for _ in range(before - after):
             unit = int(adds.argmin())
             gone += float(adds[unit])
@@ -267,15 +263,15 @@ def _fisher(group: Group, fisher: Tensor, grain: int) -> Path:
 
 def _obs(group: Group, out: Any, seen: _Seen, grain: int) -> Path:
     """
-    Removes the units whose loss the others make up for best, corrects the others, and goes on. `weights` [C, D + 1] holds
-    the bias last, which never goes.
+    Removes the units whose loss the others make up for best, corrects the others, and goes on. `weights` [C, D + 1]
+    holds the bias last, which never goes.
     """
     weights, inverse = _with_bias(out).double(), _inverse(seen.inputs)
     gradients = seen.gradients.double()
-    alive = torch.ones(group.count, dtype=torch.bool)
+    alive = torch.ones(group.units, dtype=torch.bool)
     order: list[int] = []
     damage, left = [0.0], _left(group, grain)
-    for before, after in zip(left, left[1:], strict=False):
+    for before, after in pairwise(left):
         scores = _losses(weights, inverse, gradients, group).masked_fill(~alive, torch.inf)
         units = scores.argsort()[: before - after]
         gone = structure.channels(group, units)
@@ -293,15 +289,16 @@ def _obs(group: Group, out: Any, seen: _Seen, grain: int) -> Path:
 
 def _losses(weights: Tensor, inverse: Tensor, gradients: Tensor, group: Group) -> Tensor:
     """tr(B W_u (H^-1_uu)^-1 W_u') of every unit u; a removed one has zeros and gives any number."""
-    size = group.count * group.width
+    size = group.units * group.width
     if group.width == 1:
         products = ((gradients @ weights[:, :size]) * weights[:, :size]).sum(0)
         return products / inverse.diagonal()[:size].clamp_min(1e-30)
-    blocks = inverse[:size, :size].view(group.count, group.width, group.count, group.width)
+    blocks = inverse[:size, :size].view(group.units, group.width, group.units, group.width)
     own = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1) + 1e-12 * torch.eye(group.width, dtype=inverse.dtype)
-    parts = weights[:, :size].view(-1, group.count, group.width).permute(1, 2, 0)  # [count, width, C]
+    parts = weights[:, :size].view(-1, group.units, group.width).permute(1, 2, 0)  # [count, width, C]
     change = torch.linalg.solve(own, parts)
-    return ((parts @ gradients) * change).sum((1, 2))
+    losses: Tensor = ((parts @ gradients) * change).sum((1, 2))
+    return losses
 
 
 def _with_bias(out: Any) -> Tensor:
@@ -318,35 +315,8 @@ def _inverse(moments: Tensor) -> Tensor:
 # --- what the model shows on rows ------------------------------------------------------------------------------------
 
 
-def _batches(model: Model, rows: Calibration) -> Iterator[Batch]:
-    """Rows of similar length together, padded on the right."""
-    found = rows if isinstance(rows, data.Rows) else data.load(model, list(rows), None)
-    labels = found.labels if model.task.kind == "classification" else None
-    picked = [i * len(found.rows) // min(len(found.rows), MOST_ROWS) for i in range(min(len(found.rows), MOST_ROWS))]
-    first = model.inputs[0].name
-    size = {i: len(found.rows[i][first]) if model.lengths else BATCH_TOKENS // 16 for i in picked}
-    batch: list[int] = []
-    for i in sorted(picked, key=lambda i: size[i]):
-        if batch and (len(batch) + 1) * size[i] > BATCH_TOKENS:
-            yield _batch(model, [found.rows[j] for j in batch], None if labels is None else labels[batch])
-            batch = []
-        batch.append(i)
-    yield _batch(model, [found.rows[j] for j in batch], None if labels is None else labels[batch])
-
-
-def _batch(model: Model, rows: list[Any], labels: Any) -> Batch:
-    made = []
-    for x in model.inputs:
-        arrays = [torch.from_numpy(np.asarray(row[x.name], x.dtype)) for row in rows]
-        made.append(torch.nn.utils.rnn.pad_sequence(arrays, batch_first=True, padding_value=x.pad))
-    masks = [t for x, t in zip(model.inputs, made, strict=True) if x.name == "attention_mask"]
-    return Batch(
-        tuple(made), masks[0].bool() if masks else None, None if labels is None else torch.from_numpy(labels).long()
-    )
-
-
 def _observe(
-    module: torch.nn.Module, groups: Sequence[Group], batches: Sequence[Batch], kind: str
+    module: torch.nn.Module, groups: Sequence[Group], batches: Sequence[calibration.Batch], kind: str
 ) -> list[_Seen]:
     """One pass forward and backward over the rows."""
     sums: list[list[Any]] = [[0, 0, []] for _ in groups]
@@ -380,7 +350,7 @@ def _observe(
 def _terms(group: Group, out: Any, x: Tensor, gradient: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     valid = torch.ones(x.shape[:2], dtype=torch.bool) if valid is None else valid
     on_inputs = (gradient @ out.weight.detach()) * x
-    units = on_inputs.sum(1).view(len(x), group.count, group.width).sum(2)
+    units = on_inputs.sum(1).view(len(x), group.units, group.width).sum(2)
     x, gradient = x[valid], gradient[valid]
     x = torch.cat([x, torch.ones(len(x), 1)], 1)
     weight = gradient.pow(2).sum(1)
@@ -388,7 +358,7 @@ def _terms(group: Group, out: Any, x: Tensor, gradient: Tensor, valid: Tensor | 
     return (x * weight[:, None]).T @ x, gradient.T @ gradient / gradient.pow(2).sum().clamp_min(1e-30), units
 
 
-def _loss(output: Tensor, batch: Batch, kind: str, random: torch.Generator) -> Tensor:
+def _loss(output: Tensor, batch: calibration.Batch, kind: str, random: torch.Generator) -> Tensor:
     """
     The sum over rows of a loss whose squared gradients are the Fisher information: against labels, else against
     labels drawn from the model's own prediction; outputs without classes along a random direction.
@@ -405,13 +375,13 @@ def _loss(output: Tensor, batch: Batch, kind: str, random: torch.Generator) -> T
 
 
 def _apply(
-    module: torch.nn.Module, removed: dict[Group, Tensor], batches: Sequence[Batch], fit: bool
+    module: torch.nn.Module, removed: dict[Group, Tensor], batches: Sequence[calibration.Batch], fit: bool
 ) -> dict[str, float]:
     """Cuts group after group and fits the rest to the dense outputs, on the inputs that the cut model really has."""
     wanted = _outputs(module, list(removed), batches) if fit else {}
-    errors = {}
+    errors: dict[str, float] = {}
     for group, gone in removed.items():
-        kept = torch.tensor([u for u in range(group.count) if u not in set(gone.tolist())], dtype=torch.long)
+        kept = torch.tensor([u for u in range(group.units) if u not in set(gone.tolist())], dtype=torch.long)
         out: Any = module.get_submodule(group.out)
         if fit and (len(gone) or errors):
             solved, errors[group.name] = _fitted(module, group, kept, batches, wanted[group])
@@ -429,19 +399,15 @@ def _store(out: Any, columns: Tensor, solved: Tensor) -> None:
     out.bias = torch.nn.Parameter(solved[:, -1].clone(), requires_grad=False)
 
 
-class _Stop(Exception):
-    """What a hook needs is there; the rest of the model need not run."""
-
-
 def _outputs(
-    module: torch.nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
+    module: torch.nn.Module, groups: Sequence[Group], batches: Sequence[calibration.Batch]
 ) -> dict[Group, list[Tensor]]:
     """The dense outputs of each group on the valid tokens, a tensor [tokens, C] a batch."""
     found: dict[Group, list[Tensor]] = {g: [] for g in groups}
     for batch in batches:
         hooks = [
             module.get_submodule(g.out).register_forward_hook(
-                lambda _m, _a, y, g=g, batch=batch: found[g].append(_tokens(y, batch.valid))
+                lambda _m, _a, y, g=g, batch=batch: found[g].append(calibration.tokens(y, batch.valid))
             )
             for g in groups
         ]
@@ -452,12 +418,8 @@ def _outputs(
     return found
 
 
-def _tokens(x: Tensor, valid: Tensor | None) -> Tensor:
-    return x.flatten(0, -2) if valid is None else x[valid]
-
-
 def _fitted(
-    module: torch.nn.Module, group: Group, kept: Tensor, batches: Sequence[Batch], wanted: list[Tensor]
+    module: torch.nn.Module, group: Group, kept: Tensor, batches: Sequence[calibration.Batch], wanted: list[Tensor]
 ) -> tuple[Tensor, float]:
     """Weights [C, D + 1] from the kept channels to the wanted outputs, and the relative squared error they leave."""
     columns = structure.channels(group, kept)
@@ -465,7 +427,7 @@ def _fitted(
     size = len(columns) + 1
     moments, cross, total = torch.zeros(size, size), torch.zeros(size, out.out_features), 0.0
     for batch, target in zip(batches, wanted, strict=True):
-        x = _input(module, out, batch)[:, columns]
+        x = calibration.reaching(module, out, batch)[:, columns]
         x = torch.cat([x, torch.ones(len(x), 1)], 1)
         moments += x.T @ x
         cross += x.T @ target
@@ -478,22 +440,3 @@ def _fitted(
     ).float()
     error = float((solved * (moments @ solved)).sum() - 2 * (solved * cross).sum() + total)
     return solved.T, round(max(error, 0.0) / max(total, 1e-30), 5)
-
-
-def _input(module: torch.nn.Module, out: torch.nn.Module, batch: Batch) -> Tensor:
-    """What reaches `out`, on the valid tokens [tokens, D]."""
-    caught: list[Tensor] = []
-
-    def catch(_module: Any, args: Any) -> None:
-        caught.append(_tokens(args[0], batch.valid))
-        raise _Stop
-
-    hook = out.register_forward_pre_hook(catch)
-    try:
-        with torch.no_grad():
-            module(*batch.inputs)
-    except _Stop:
-        pass
-    finally:
-        hook.remove()
-    return caught[0]
