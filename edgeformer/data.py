@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -88,6 +88,24 @@ def load(model: Model, data: Data, task: str | None, *, most: int = MAX_ROWS) ->
     return _unlabelled(model, sample.read_text("utf-8").splitlines(), "sample texts of the package", most)
 
 
+class Texts(NamedTuple):
+    """What a model learns from: texts, and a label each where the file has them."""
+
+    texts: tuple[str, ...]
+    labels: tuple[float, ...] | None
+
+
+def texts(path: str | Path, task: str | None) -> Texts:
+    """All texts of a file: a line each, or the first text of each row of a table with its `task`. Raises BadInput."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise BadInput(f"no file {str(path)!r} to learn from")
+    if task is None or task not in TABLES:
+        return Texts(tuple(line for line in _lines(path) if line.strip()), None)
+    rows = [row for _, row in _rows(path, task)]
+    return Texts(tuple(row[0] for row in rows), tuple(float(row[-1]) for row in rows))
+
+
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text("utf-8-sig").split("\n")  # splitlines() also cuts at U+2028
@@ -124,6 +142,16 @@ def _unfit(model: Model, task: str) -> BadInput:
 
 
 def _labelled(model: Model, path: Path, task: str, most: int) -> Rows:
+    table = thin([row for _, row in _rows(path, task)], most)
+    if not table:
+        raise BadInput(f"{path.name} holds no rows")
+    labels: Any = np.asarray([float(row[-1]) for row in table], np.float32)
+    rows, judged = _judged(model, table, labels, task)
+    return Rows(rows, _named(path), labels, judged)
+
+
+def _rows(path: Path, task: str) -> list[tuple[int, list[str]]]:
+    """Line numbers and rows: the task's texts, then its label."""
     columns = TABLES[task] + 1
     numbered = _longtech(path) if task == "longtech" else _table(path)
     if task == "cola":  # source, label, the author's mark, sentence
@@ -135,12 +163,7 @@ def _labelled(model: Model, path: Path, task: str, most: int) -> Rows:
             raise BadInput(
                 f"{path.name}, line {line}: task {task!r} needs {columns - 1} text column(s) and a number, got {row}"
             )
-    table = thin([row for _, row in numbered], most)
-    if not table:
-        raise BadInput(f"{path.name} holds no rows")
-    labels: Any = np.asarray([float(row[-1]) for row in table], np.float32)
-    rows, judged = _judged(model, table, labels, task)
-    return Rows(rows, _named(path), labels, judged)
+    return numbered
 
 
 def _table(path: Path) -> list[tuple[int, list[str]]]:
