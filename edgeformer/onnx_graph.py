@@ -99,13 +99,7 @@ def work(proto: onnx.ModelProto, model: Model) -> tuple[wire.Work, ...]:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # keeps every name
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
     kept = cost.calibrated(model.history)
-    return tuple(_work_at(session, products, weights, n, kept) for n in _counted(model, kept))
-
-
-def _counted(model: Model, kept: cost.Kept) -> tuple[int, ...]:
-    """Lengths to count at: also on both sides of where sparse attention begins."""
-    turn = {n for n in (kept.dense_below, kept.dense_below + 1) if kept.at and n <= model.max_length}
-    return tuple(sorted({1, *model.lengths, *turn})) if model.lengths else (0,)
+    return tuple(_work_at(session, products, weights, n, kept) for n in kept.counted(model.lengths))
 
 
 def _sizes(x: Any, length: int) -> list[int]:
