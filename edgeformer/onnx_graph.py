@@ -13,7 +13,7 @@ import torch
 
 from edgeformer_agent import wire
 
-from .attention import onnx_function
+from .attention import cost, onnx_function
 from .errors import ExportError
 from .model import Model
 
@@ -23,6 +23,15 @@ PRODUCTS = ("MatMul", "Gemm", "MatMulInteger", "Conv", "ConvInteger", onnx_funct
 DTYPES = {"tensor(int32)": np.int32, "tensor(int64)": np.int64, "tensor(float)": np.float32}
 
 
+def inputs(model: Model) -> tuple[wire.Tensor, ...]:
+    return model.inputs if model.past is None else (*model.inputs, model.past)
+
+
+def outputs(model: Model) -> tuple[wire.Tensor, ...]:
+    """A decoder also gives the keys and values of the new tokens: what it took as `past`, for the next call."""
+    return (model.output,) if model.past is None else (model.output, model.past._replace(name="new"))
+
+
 def trace(model: Model, format: str) -> onnx.ModelProto:
     """fp32, any batch, any length up to `model.max_length`. Raises ExportError in the exporter's own words."""
     batch = torch.export.Dim("batch", min=1, max=1024)
@@ -30,6 +39,9 @@ def trace(model: Model, format: str) -> onnx.ModelProto:
     shapes = tuple({0: batch} | {i: sequence for i, n in enumerate(x.shape) if n < 0 and i} for x in model.inputs)
     # Two rows, and a length that is neither 1 nor the maximum, so that no dimension is taken for a constant.
     example = model.example(min(16, max(model.max_length - 1, 2)), batch=2)
+    if model.past is not None:
+        shapes += ({0: batch, 3: torch.export.Dim("past", min=2)},)  # the graph takes none and one as well
+        example += (torch.zeros([2 if i == 0 else 3 if n < 0 else n for i, n in enumerate(model.past.shape)]),)
     try:
         with torch.no_grad():
             graph = torch.export.export(model.module, example, dynamic_shapes=(shapes,), strict=False)
@@ -37,8 +49,8 @@ def trace(model: Model, format: str) -> onnx.ModelProto:
                 graph,
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=[x.name for x in model.inputs],
-                output_names=[model.output.name],
+                input_names=[x.name for x in inputs(model)],
+                output_names=[x.name for x in outputs(model)],
                 custom_translation_table=_translations(),
                 verbose=False,
             )
@@ -71,7 +83,7 @@ def strip(proto: onnx.ModelProto) -> None:
         item.doc_string = ""
 
 
-def work(proto: onnx.ModelProto, lengths: tuple[int, ...]) -> tuple[wire.Work, ...]:
+def work(proto: onnx.ModelProto, model: Model) -> tuple[wire.Work, ...]:
     """
     Counted on the program itself: it runs once per length with its matrix products' operands as outputs, because shape
     inference stops at the computed shapes of a dynamic graph. A multiply-add is two operations.
@@ -80,22 +92,24 @@ def work(proto: onnx.ModelProto, lengths: tuple[int, ...]) -> tuple[wire.Work, .
     graph.CopyFrom(proto)
     weights = {w.name: w for w in graph.graph.initializer}
     products = [node for node in graph.graph.node if node.op_type in PRODUCTS]
-    seen = {name for node in products for name in (node.input[0], node.input[1], node.output[0]) if name not in weights}
+    seen = {name for node in products for name in (*node.input[:4], node.output[0]) if name and name not in weights}
     known = {value.name for value in (*graph.graph.output, *graph.graph.input)}
     graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(seen - known))
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # keeps every name
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return tuple(_work_at(session, products, weights, n) for n in lengths)
+    kept = cost.calibrated(model.history)
+    return tuple(_work_at(session, products, weights, n, kept) for n in kept.counted(model.lengths))
 
 
-def _work_at(session: Any, products: list[Any], weights: dict[str, Any], length: int) -> wire.Work:
-    feed = {
-        x.name: np.ones(
-            [d if isinstance(d, int) else (length if i else 1) for i, d in enumerate(x.shape)], DTYPES[x.type]
-        )
-        for x in session.get_inputs()
-    }
+def _sizes(x: Any, length: int) -> list[int]:
+    """One row of `length` tokens after none: of what is free, the first axis is the batch."""
+    free = {0: 1} | {i: 0 for i, d in enumerate(x.shape) if d == "past"}
+    return [d if isinstance(d, int) else free.get(i, length) for i, d in enumerate(x.shape)]
+
+
+def _work_at(session: Any, products: list[Any], weights: dict[str, Any], length: int, kept: cost.Kept) -> wire.Work:
+    feed = {x.name: np.ones(_sizes(x, length), DTYPES[x.type]) for x in session.get_inputs()}
     names = [x.name for x in session.get_outputs()]
     shapes = {name: array.shape for name, array in zip(names, session.run(names, feed), strict=True)}
     shapes |= {name: array.shape for name, array in feed.items()} | {n: tuple(w.dims) for n, w in weights.items()}
@@ -103,8 +117,8 @@ def _work_at(session: Any, products: list[Any], weights: dict[str, Any], length:
     weight_bytes = activation_bytes = 0.0
     for node in products:
         left, right, out = (shapes[name] for name in (*node.input[:2], node.output[0]))
-        if node.op_type == onnx_function.NAME:  # as if dense: how much is kept depends on the input
-            work[False] += 4.0 * prod(left) * right[2]
+        if node.op_type == onnx_function.NAME:
+            work[False] += cost.operations(left, right, shapes[node.input[3]][2], kept)
             activation_bytes += 4.0 * (2 * prod(left) + 2 * prod(right))
             continue
         depth = prod(right[1:]) if node.op_type.startswith("Conv") else prod(left) // prod(out[:-1])

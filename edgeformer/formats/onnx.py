@@ -18,7 +18,6 @@ from edgeformer_agent import wire
 
 from .. import onnx_graph
 from ..attention import onnx_function
-from ..device import Device
 from ..model import Model
 from ..program import Program
 
@@ -28,7 +27,7 @@ GLIBC = "2.28"  # read from the library's symbols
 QUANTIZED = ["MatMul", "Gemm", "Gather"]  # Gather: the embedding tables, half of a small encoder
 
 
-def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[Program]:
+def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     """One file each, any batch, any length up to `model.max_length`. Raises ExportError in the exporter's own words."""
     fp32 = onnx_graph.trace(model, "onnx")
     for precision in precisions:
@@ -37,12 +36,12 @@ def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[
             format="onnx",
             precision=precision,
             files={"model.onnx": proto.SerializeToString(deterministic=True)},
-            inputs=model.inputs,
-            outputs=(model.output,),
+            inputs=onnx_graph.inputs(model),
+            outputs=onnx_graph.outputs(model),
             lengths=(),
             runtime=RUNTIME,
-            needs=wire.Needs(glibc=GLIBC if device.glibc else None),
-            work=onnx_graph.work(proto, (1, *model.lengths) if model.lengths else (0,)),
+            needs=wire.Needs(glibc=GLIBC),
+            work=onnx_graph.work(proto, model),
             sparse=onnx_function.present(proto),
         )
 

@@ -15,7 +15,6 @@ from edgeformer_agent import wire
 
 from .. import native, onnx_graph
 from ..attention import onnx_function
-from ..device import Device
 from ..errors import ExportError
 from ..model import Model
 from ..program import Program
@@ -29,15 +28,15 @@ BATCH = (1, 1, 4)  # least, usual, most rows of the engine's profile
 USUAL_LENGTH = 128
 
 
-def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[Program]:
-    """Any batch up to 4, any length up to `model.max_length`. Raises ExportError naming what the device would refuse."""
+def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
+    """Any batch up to 4, any length up to `model.max_length`. Raises ExportError, naming what would be refused."""
     traced = onnx_graph.trace(model, "tensorrt")
     sparse = onnx_function.present(traced)
     made = {"model.onnx": lower.standard(traced)} | ({"plugin.onnx": lower.with_plugin(traced)} if sparse else {})
     for name, lowered in made.items():
         rules.hold(lowered.proto, f"{model.name}, {name}", lowered.fp32 if "fp16" in precisions else None)
     files = {name: lowered.proto.SerializeToString(deterministic=True) for name, lowered in made.items()}
-    work = onnx_graph.work(traced, (1, *model.lengths) if model.lengths else (0,))
+    work = onnx_graph.work(traced, model)
     for precision in precisions:
         share = BYTES[precision] / 4
         yield Program(
@@ -48,7 +47,7 @@ def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[
             outputs=(model.output,),
             lengths=(),
             runtime=RUNTIME,
-            needs=wire.Needs(glibc=GLIBC if device.glibc else None),
+            needs=wire.Needs(glibc=GLIBC),
             work=tuple(
                 w._replace(weight_bytes=w.weight_bytes * share, activation_bytes=w.activation_bytes * share)
                 for w in work
