@@ -103,8 +103,9 @@ def judged(name: str, outputs: Sequence[np.ndarray], rows: Rows, task: str) -> E
     """Answers that exist already, of another machine for one."""
     if rows.task is None or rows.labels is None:
         raise BadInput(f"{rows.source}: no labels in it; an evaluation needs them")
-    estimates = tuple(_estimate(rows.task._replace(metric=m), outputs, rows.labels) for m in METRICS[task])
-    return Evaluation(name, rows.task, rows.source, estimates, tuple(outputs), rows.labels)
+    labels = np.asarray(rows.labels)
+    estimates = tuple(_estimate(rows.task._replace(metric=m), outputs, labels) for m in METRICS[task])
+    return Evaluation(name, rows.task, rows.source, estimates, tuple(outputs), labels)
 
 
 def against(found: Evaluation, baseline: Evaluation) -> tuple[Difference, ...]:
@@ -140,12 +141,12 @@ def mcnemar(right: np.ndarray, baseline: np.ndarray) -> float:
 
 
 def _estimate(task: wire.Task, outputs: Sequence[np.ndarray], labels: np.ndarray) -> Estimate:
-    value, n, metric = score.metric(task, outputs, labels), len(labels), str(task.metric)
+    value, n, metric = score.metric(task, outputs, list(labels)), len(labels), str(task.metric)
     if metric == "accuracy":
         return Estimate(metric, value, *wilson(value, n), "Wilson", n)
     if metric in ("pearson", "spearman"):
         return Estimate(metric, value, *fisher(value, n), "Fisher z", n)
-    drawn = [score.metric(task, _picked(task, outputs, at), labels[at]) for at in _resamples(n)]
+    drawn = [score.metric(task, _picked(task, outputs, at), list(labels[at])) for at in _resamples(n)]
     low, high = np.percentile(drawn, LEVELS)
     return Estimate(metric, value, float(low), float(high), "bootstrap", n)
 
@@ -155,7 +156,7 @@ def _difference(found: Evaluation, baseline: Evaluation, metric: str) -> Differe
     ours, theirs = found.outputs, baseline.outputs
 
     def gap(at: np.ndarray) -> float:
-        mine, other = (score.metric(task, _picked(task, outputs, at), labels[at]) for outputs in (ours, theirs))
+        mine, other = (score.metric(task, _picked(task, outputs, at), list(labels[at])) for outputs in (ours, theirs))
         return mine - other
 
     value, drawn = gap(np.arange(len(labels))), np.asarray([gap(at) for at in _resamples(len(labels))])
@@ -178,8 +179,8 @@ def _resamples(n: int) -> Sequence[np.ndarray]:
     return list(np.random.default_rng(0).integers(0, n, (RESAMPLES, n)))
 
 
-def _picked(task: wire.Task, outputs: Sequence[np.ndarray], at: np.ndarray) -> np.ndarray:
+def _picked(task: wire.Task, outputs: Sequence[np.ndarray], at: np.ndarray) -> Sequence[np.ndarray]:
     """Outputs of the labels at `at`: a row each, or the two rows of a pair."""
     rows: np.ndarray = np.stack(outputs)
     chosen = (2 * at[:, None] + np.arange(2)).ravel() if task.paired else at
-    return np.asarray(rows[chosen])
+    return list(rows[chosen])
