@@ -25,14 +25,12 @@ from onnx import TensorProto as T, helper  # noqa: E402
 from test_formats import entry  # noqa: E402
 
 import edgeformer as ef  # noqa: E402
-from edgeformer import check, data, device, formats, model as models  # noqa: E402
+from edgeformer import check, data, formats, model as models  # noqa: E402
 from edgeformer.attention import onnx_function  # noqa: E402
 from edgeformer.errors import ExportError  # noqa: E402
 from edgeformer.program import Program  # noqa: E402
 from edgeformer.tensorrt import lower, rules  # noqa: E402
 from edgeformer_agent import measure, runners  # noqa: E402
-
-NANO = device.load("jetson-nano")
 
 
 def llama() -> Any:
@@ -45,7 +43,7 @@ def llama() -> Any:
 
 
 def exported(model: models.Model) -> dict[str, Program]:
-    return {p.precision: p for p in formats.load("tensorrt").export(model, NANO, ["fp16", "fp32"])}
+    return {p.precision: p for p in formats.load("tensorrt").export(model, ["fp16", "fp32"])}
 
 
 def opened(program: Program, model: models.Model, folder: Path) -> Callable[[Any], Any]:

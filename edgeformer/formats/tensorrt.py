@@ -30,6 +30,10 @@ USUAL_LENGTH = 128
 
 def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     """Any batch up to 4, any length up to `model.max_length`. Raises ExportError, naming what would be refused."""
+    if model.past is not None:
+        raise ExportError(
+            f"tensorrt: {model.name} generates token by token; no cache is written here, leave it to onnx"
+        )
     traced = onnx_graph.trace(model, "tensorrt")
     sparse = onnx_function.present(traced)
     made = {"model.onnx": lower.standard(traced)} | ({"plugin.onnx": lower.with_plugin(traced)} if sparse else {})
