@@ -145,9 +145,9 @@ def build(
     return bundles[0] if isinstance(target, str) else tuple(bundles)
 
 
-def _menu(recipe: RecipeSource | None, limits: Limits | None, train: object, target: object) -> Recipe | None:
+def _menu(recipe: RecipeSource | None, limits: Limits | None, train: object, target: str | Targets) -> Recipe | None:
     """The recipe that was asked for; a search's own where there are limits only."""
-    if limits is not None and not isinstance(target, str):
+    if limits is not None and not isinstance(target, str) and len(target) > 1:
         raise BadInput("limits go with one target: another device needs another model")
     if recipe is None and limits is None:
         if train is not None:
