@@ -19,7 +19,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -144,7 +152,8 @@ def _quiet(screen: Screen) -> Iterator[None]:
 @contextlib.contextmanager
 def _bars(screen: Screen) -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each step, on stderr; on something that is no terminal, a line when a step ends."""
-    columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
+    texts = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn())
+    columns = (*texts, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     tasks: dict[str, TaskID] = {}
     finished: set[str] = set()
     with Progress(*columns, console=screen.err, disable=not screen.err.is_terminal) as progress:
@@ -264,11 +273,11 @@ def parity(
 
     Exit code 1 where a format fails; the others are shown all the same.
     """
-    from .matrix import page, table
-    from .parity import parity as run_parity
-
     screen: Screen = context.obj
     with _bars(screen) as progress, _quiet(screen):
+        from .matrix import page, table
+        from .parity import parity as run_parity
+
         found = run_parity(
             model, formats=format, precision=precision, data=data, task=task, budget=budget, layers=layers,
             lengths=length, progress=progress,

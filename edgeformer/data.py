@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -30,13 +31,15 @@ REFERENCE_BYTES = 32 << 20  # fp32 outputs travel with a bundle: a large vocabul
 SYNTHETIC_ROWS = 32
 TABLES = {  # tasks whose file is a table: how many texts a row, then a label
     "classification": 1,
+    "cola": 1,
+    "longtech": 1,
     "sst2": 1,
     "similarity": 2,
     "stsb": 2,
 }
-TASKS = {**dict.fromkeys(TABLES, ".tsv"), "squad": ".json", "lambada": ".jsonl", "tokens": ".tsv or .jsonl"}
-
-
+TASKS = {**dict.fromkeys(TABLES, ".tsv"), "longtech": ".jsonl", "squad": ".json", "lambada": ".jsonl"}
+TASKS["tokens"] = ".tsv or .jsonl"
+METRICS = {"cola": "mcc"}  # where it is not accuracy or rank correlation
 Data = str | Path | Sequence[str] | None  # a file, texts, or samples of the package
 
 
@@ -53,9 +56,9 @@ class Rows:
 def load(model: Model, data: Data, task: str | None, *, most: int = MAX_ROWS) -> Rows:
     """
     `data`: a .txt (one text a line), a labelled file with its `task` (of TASKS: a .tsv of texts, then a label, with a
-    header line or none; or what `edgeformer.labelled` reads), a .npz (an array of rows for each input), texts, or None
-    (a sample that comes with the package; noise for models without text). Rows longer than the model's limit are cut.
-    Raises BadInput.
+    header line or none; CoLA and LongTech as their authors publish them; or what `edgeformer.labelled` reads), a .npz
+    (an array of rows for each input), texts, or None (a sample that comes with the package; noise for models without
+    text). Rows longer than the model's limit are cut. Raises BadInput.
     """
     if task is not None and task not in TASKS:
         raise BadInput(f"no task {task!r}; known: {', '.join(sorted(TASKS))}")
@@ -122,11 +125,9 @@ def _unfit(model: Model, task: str) -> BadInput:
 
 def _labelled(model: Model, path: Path, task: str, most: int) -> Rows:
     columns = TABLES[task] + 1
-    try:
-        reader = csv.reader(_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE)
-        numbered = [(reader.line_num, row) for row in reader if row]
-    except csv.Error as error:
-        raise BadInput(f"{path.name} is not a table of tab-separated texts: {error}") from error
+    numbered = _longtech(path) if task == "longtech" else _table(path)
+    if task == "cola":  # source, label, the author's mark, sentence
+        numbered = [(line, [row[3], row[1]] if len(row) == 4 else row) for line, row in numbered]
     if numbered and not _is_number(numbered[0][1][-1]):
         numbered = numbered[1:]  # a header
     for line, row in numbered:
@@ -142,6 +143,30 @@ def _labelled(model: Model, path: Path, task: str, most: int) -> Rows:
     return Rows(rows, _named(path), labels, judged)
 
 
+def _table(path: Path) -> list[tuple[int, list[str]]]:
+    """Line numbers and columns."""
+    try:
+        reader = csv.reader(_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE)
+        return [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise BadInput(f"{path.name} is not a table of tab-separated texts: {error}") from error
+
+
+def _longtech(path: Path) -> list[tuple[int, list[str]]]:
+    """One document a line, as JSON with `text` and the number of its class, `y`."""
+    made = []
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            said = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            raise BadInput(f"{path.name}, line {number}: not JSON: {error}") from error
+        if said is not None and not (isinstance(said, dict) and {"text", "y"} <= said.keys()):
+            raise BadInput(f"{path.name}, line {number}: an object with text and y is needed")
+        if said is not None:
+            made.append((number, [str(said["text"]), str(said["y"])]))
+    return made
+
+
 def _judged(model: Model, table: list[list[str]], labels: np.ndarray, task: str) -> tuple[tuple[Row, ...], wire.Task]:
     """How this model answers this task: by its head, or by the cosine of two embeddings."""
     kind = model.task.kind
@@ -150,7 +175,8 @@ def _judged(model: Model, table: list[list[str]], labels: np.ndarray, task: str)
             raise BadInput(
                 f"labels {labels.min():g}..{labels.max():g} do not fit a head with {len(model.task.labels)} classes"
             )
-        return tuple(_tokenize(model, row[0]) for row in table), model.task._replace(metric="accuracy")
+        judged = model.task._replace(metric=METRICS.get(task, "accuracy"))
+        return tuple(_tokenize(model, row[0]) for row in table), judged
     if TABLES[task] == 2 and kind == "regression":
         return tuple(_tokenize(model, *row[:2]) for row in table), model.task._replace(metric="spearman")
     if TABLES[task] == 2 and kind == "embedding":

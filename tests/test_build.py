@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 
 import edgeformer as ef  # noqa: E402
-from edgeformer import device as devices  # noqa: E402
+from edgeformer import device as devices, formats  # noqa: E402
 from edgeformer.errors import BadInput, FormatNotYet, GateFailed, UnknownFormat, UnknownTarget  # noqa: E402
 
 
@@ -124,9 +124,15 @@ def test_wrong_use_is_told_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_unknown_and_later_targets() -> None:
+def test_unknown_targets() -> None:
     with pytest.raises(UnknownTarget, match="'raspberry-pi-4'"):
         ef.build("x", "raspberry-pi4")
+
+
+def test_a_format_of_a_later_version_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profile may know a format before this version builds it."""
+    monkeypatch.setattr(formats, "names", lambda: ["onnx"])
+    monkeypatch.setattr(formats, "PLANNED", ("coreml",))
     with pytest.raises(FormatNotYet, match="coreml"):
         ef.build("x", "iphone-13")
 

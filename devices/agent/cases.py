@@ -14,6 +14,8 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
+from . import wire
+
 MAX_VALUES = 1 << 28  # refuse a file that claims more than a gigabyte of float32
 
 Row = Dict[str, Any]  # input name -> array without batch axis
@@ -32,6 +34,16 @@ def length(row):
     """Tokens of a row; 0 where the input has no sequence."""
     ids = row.get("input_ids")
     return 0 if ids is None else int(ids.shape[0])
+
+
+def padded(array, tensor, length):
+    # type: (Any, wire.Tensor, int) -> Any
+    """An input of a row, filled up on the right to a static length with its own padding value."""
+    if not length or -1 not in tensor.shape[1:]:
+        return array.astype(tensor.dtype, copy=False)
+    full = np.full((length,) + array.shape[1:], tensor.pad, tensor.dtype)
+    full[: array.shape[0]] = array
+    return full
 
 
 def dump(cases):
