@@ -6,6 +6,9 @@ travels over its pipes (the protocol stands in runtimes/bindings/executorch/runn
 
 A program with sparse attention has two methods with one copy of the weights: `forward` needs our operator, which that
 runner has, and `standard` computes it in standard operators.
+
+A decoder's program has further methods, `forward_next` and `standard_next`, for one token after the row's `past`. Only the
+Python runtime takes them so far: the bundle's own runner has one method, which starts from nothing.
 """
 
 import contextlib
@@ -18,9 +21,9 @@ from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from .. import cases, wire
+from .. import cases, decoding, wire
 
-NATIVE, STANDARD = "forward", "standard"
+NATIVE, STANDARD, NEXT = "forward", "standard", "_next"
 OPERATOR = "edgeformer::dsa.out"
 PROTOCOL = 1
 TYPES = {"int32": 3, "int64": 4, "float32": 6}
@@ -53,7 +56,9 @@ def version(library=None):
 def load(path, entry, threads=1, library=None):
     # type: (str, wire.Entry, int, Optional[str]) -> Callable[[cases.Row], Any]
     """With a library the function has `counters`: what our operator did, None where the program does not have it."""
-    return _python(path, entry, threads) if library is None else Runner(library, path, entry.inputs, threads)
+    if library is None:
+        return _python(path, entry, threads)
+    return Runner(library, path, tuple(x for x in entry.inputs if x.name != decoding.PAST), threads)
 
 
 def _python(path, entry, threads):
@@ -68,12 +73,20 @@ def _python(path, entry, threads):
     runtime = Runtime.get()
     program = runtime.load_program(path)
     native = STANDARD not in program.method_names or OPERATOR in runtime.operator_registry.operator_names
-    method = program.load_method(NATIVE if native else STANDARD)
+    name = NATIVE if native else STANDARD
+    methods = {name: program.load_method(name)}
 
-    def run(row):
-        # type: (cases.Row) -> Any
-        feed = [torch.from_numpy(row[x.name][None].astype(x.dtype)) for x in entry.inputs]
-        return method.execute(feed)[0][0].numpy().copy()
+    def run(row, every=False):
+        # type: (cases.Row, bool) -> Any
+        past = row.get(decoding.PAST)
+        goes_on = past is not None and past.shape[2] > 0
+        inputs = [x for x in entry.inputs if goes_on or x.name != decoding.PAST]
+        method = name + NEXT if goes_on else name
+        if method not in methods:
+            methods[method] = program.load_method(method)
+        feed = [torch.from_numpy(row[x.name][None].astype(x.dtype)) for x in inputs]
+        outputs = methods[method].execute(feed)
+        return tuple(x[0].numpy().copy() for x in outputs) if every else outputs[0][0].numpy().copy()
 
     return run
 
