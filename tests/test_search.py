@@ -1,4 +1,4 @@
-"""A search: the same trials whether or not it was interrupted, real programs decide, and a refusal shows what is near."""
+"""A search: the same trials if interrupted or not, real programs decide, and a refusal shows what is near."""
 
 from __future__ import annotations
 
