@@ -157,9 +157,10 @@ def _chosen(device: devices.Device, wanted: Sequence[str] | None) -> tuple[str, 
     names = tuple(wanted) if wanted is not None else device.formats
     for name in names:
         if name not in (*here, *registry.PLANNED):
-            raise UnknownFormat(name, [*device.formats])
+            raise UnknownFormat(name, [*device.formats, *device.on_request])
         if not device.runs(name):
-            raise BadInput(f"{device.name} does not run {name}; it runs {', '.join(device.formats)}")
+            known = ", ".join((*device.formats, *device.on_request))
+            raise BadInput(f"{device.name} does not run {name}; it runs {known}")
         if name not in here:
             raise FormatNotYet(name, device.name, [f for f in device.formats if f in here])
     if not names or len(set(names)) != len(names):
@@ -239,11 +240,15 @@ def _checked(
 
 
 def _libraries(program: Program, device: devices.Device) -> dict[str, Path]:
-    """Machine -> the operator compiled for it. Without glibc the app's own tool chain links the operator."""
-    if not program.sparse or not device.glibc:
+    """
+    Machine -> the operator compiled for it. Without glibc the app's own tool chain links the operator. ExecuTorch's
+    Python runtime needs torch, which boards do not have: they get a runner, with or without sparse attention.
+    """
+    runs_itself = program.format == "executorch"
+    if not device.glibc or not (program.sparse or (runs_itself and device.name != "host")):
         return {}
     machine = native.host() if device.name == "host" else f"linux-{device.arch}"
-    return {machine: native.binding(program.format, machine)}
+    return {machine: native.runner(machine) if runs_itself else native.binding(program.format, machine)}
 
 
 def _fits(program: Program, device: devices.Device) -> None:
@@ -304,7 +309,8 @@ def _contents(
     contents: dict[str, bytes | Path] = dict(model.files or {})
     for b in built:
         contents |= {f"programs/{b.program.name}/{name}": data for name, data in b.program.files.items()}
-        contents |= {b.entry.libraries[machine]: path for machine, path in b.libraries.items()}
+        for machine, path in b.libraries.items():  # and what it needs, which stands next to it
+            contents |= {f"native/{machine}/{file.name}": file for file in sorted(path.parent.iterdir())}
     picked = _golden(rows)
     golden = cases.Cases(
         tuple(rows.rows[i] for i in picked), {b.entry.name: tuple(b.outputs[i] for i in picked) for b in built}, None

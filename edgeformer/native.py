@@ -44,7 +44,7 @@ CORE = ("dsa", "dispatch", "cpu")
 BINDING_FLAGS = [f for f in FLAGS if f != "-std=c11"] + ["-std=c++17", "-fno-exceptions", "-fno-rtti"]
 RUNNER = "edgeformer_runner"
 EXECUTORCH = "1.5.1"  # of the wheel that is fetched for other machines than this one
-# A wheel is a C++ SDK too: headers and libraries, the same for every Python. Their digests pin what is linked and shipped.
+# A wheel is a C++ SDK too, the same for every Python. The digest pins what is linked and shipped.
 WHEELS = {
     "linux-aarch64": ("manylinux_2_28_aarch64", "8ee02348a3ea80ddf770822911ebf78da616b73afce0fbaaa79f23311c88c66a"),
 }
@@ -158,8 +158,8 @@ def runner(target: str | None = None, sdk: Path | None = None) -> Path:
             zig("-target", goal.triple, "-s", "-o", str(work / RUNNER), *objects, *_link(folder, EXECUTORCH_LIBRARIES))
             for path in objects:
                 Path(path).unlink()
-            for path in libraries:
-                shutil.copyfile(path, work / path.name)
+            for needed in libraries:
+                shutil.copyfile(needed, work / needed.name)
     return done / RUNNER
 
 
@@ -212,7 +212,14 @@ def _include(folder: Path) -> list[str]:
 def _link(folder: Path, libraries: Sequence[str]) -> list[str]:
     """Kernels and backends register themselves when they are loaded: the linker must keep them."""
     names = [f"-l{n}" for n in libraries]
-    return ["-Wl,--no-as-needed", f"-L{folder / 'lib'}", *names, "-Wl,--allow-shlib-undefined", "-lpthread", "-Wl,-rpath,$ORIGIN"]
+    return [
+        "-Wl,--no-as-needed",
+        f"-L{folder / 'lib'}",
+        *names,
+        "-Wl,--allow-shlib-undefined",
+        "-lpthread",
+        "-Wl,-rpath,$ORIGIN",
+    ]
 
 
 def _unit(goal: Target, source: Path, work: Path, headers: Sequence[str]) -> str:

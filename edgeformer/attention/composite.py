@@ -140,7 +140,7 @@ def _all_if_short(keep: Tensor, rows: int | torch.SymInt, dense_below: int) -> T
     """The length may be a symbol while a graph of any length is traced: no branch then, which would fix it."""
     if isinstance(rows, int):
         return torch.ones_like(keep) if rows <= dense_below else keep
-    return torch.maximum(keep, (torch.full((), rows) <= dense_below).to(keep.dtype))
+    return torch.maximum(keep, (torch.ones(rows).sum() <= dense_below).to(keep.dtype))
 
 
 def _mass(z: Tensor, candidate: Tensor) -> Tensor:

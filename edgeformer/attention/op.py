@@ -39,7 +39,9 @@ _ATTEND = (
 )
 _OPERANDS = f"Tensor q, Tensor k, Tensor v, {_SCORER}, {_LENGTHS}, *, {_ALL}"
 SCHEMA = f"dsa({_OPERANDS}) -> Tensor"
-SCHEMA_OUT = f"dsa.out({_OPERANDS}, Tensor(a!) out) -> Tensor(a!)"  # what ExecuTorch makes of the call; it has no torch kernel
+SCHEMA_OUT = (
+    f"dsa.out({_OPERANDS}, Tensor(a!) out) -> Tensor(a!)"  # what ExecuTorch makes of the call; it has no torch kernel
+)
 SCHEMA_SELECT = f"dsa_select(Tensor q, Tensor k, {_SCORER}, {_LENGTHS}, *, {_ATTRIBUTES}) -> (Tensor idx, Tensor cnt)"
 SCHEMA_ATTEND = f"dsa_attend(Tensor q, Tensor k, Tensor v, {_ATTEND}) -> Tensor"
 SCHEMA_BACKWARD = (

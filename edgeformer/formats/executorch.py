@@ -22,8 +22,8 @@ from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
 from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec
-from torch.fx.passes.dialect.common.cse_pass import CSEPass
 from torch.ao.quantization.fx import _decomposed  # noqa: F401 (defines the rest of quantized_decomposed)
+from torch.fx.passes.dialect.common.cse_pass import CSEPass
 
 from edgeformer_agent import wire
 
@@ -109,16 +109,17 @@ def _sparse(graph: Any) -> bool:
     return any(_name(node) == "dsa" for node in graph.graph.nodes)
 
 
-def _standard(q: Tensor, k: Tensor, v: Tensor, *rest: Any, compute: int = 0, **config: Any) -> Tensor:
+def _standard(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **config: Any) -> Tensor:
     """The operator as its decomposition; attention in float, whatever `compute` asks of the native one."""
+    config.pop("compute", None)
     if reason := composite.inexpressible(**{n: config.pop(n) for n in ("rule", "max_blocks") if n in config}):
         raise ValueError(reason)
-    *scorer, q_len, kv_len = (*rest, None, None)[:7]
+    wq, wk, dist_bias, sink_bias, theta, q_len, kv_len = (*rest, None, None)[:7]
     q_len, kv_len = (
         torch.full(x.shape[:1], x.shape[2], dtype=torch.int32) if given is None else given
         for x, given in ((q, q_len), (k, kv_len))
     )
-    return composite.dsa(q, k, v, *scorer, q_len, kv_len, **config)
+    return composite.dsa(q, k, v, wq, wk, dist_bias, sink_bias, theta, q_len, kv_len, **config)
 
 
 # --- int8 -------------------------------------------------------------------------------------------------------------
@@ -179,7 +180,9 @@ def _int8(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _name(node: Any) -> str:
-    return str(getattr(getattr(node.target, "overloadpacket", None), "__name__", "")) if node.op == "call_function" else ""
+    return (
+        str(getattr(getattr(node.target, "overloadpacket", None), "__name__", "")) if node.op == "call_function" else ""
+    )
 
 
 def _work(graph: Any, length: int) -> wire.Work:
@@ -207,4 +210,4 @@ def _work(graph: Any, length: int) -> wire.Work:
 def _shape(node: Any, length: int) -> tuple[int, ...]:
     """Of a tensor in the graph, at a length: the sequence is the graph's only symbol."""
     sizes = (getattr(getattr(n, "node", None), "expr", n) for n in node.meta["val"].shape)
-    return tuple(int(n if isinstance(n, int) else n.subs({s: length for s in n.free_symbols})) for n in sizes)
+    return tuple(int(n if isinstance(n, int) else n.subs(dict.fromkeys(n.free_symbols, length))) for n in sizes)

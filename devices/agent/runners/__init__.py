@@ -1,12 +1,13 @@
 """
 One module per format; the folder is the registry. A runner has
 
-    version()                        of the runtime
+    version(library)                      of the runtime
     load(path, entry, threads, library)   opens a program; returns a function from one row to one output
 
 `library` is the file with our operator for this machine, or None: the program then computes it in standard operators.
+It may be a runtime of its own (ExecuTorch); the function then has `counters`, see `native.Journal`.
 A row is {input name: array without batch axis} at its natural length; the output has no batch axis either.
-Importing a runner imports its runtime: `ImportError` means that this device cannot run the format.
+`ImportError` means that this device cannot run the format.
 """
 
 import importlib

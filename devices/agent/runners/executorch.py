@@ -1,8 +1,8 @@
 """
 ExecuTorch (.pte). Any sequence length: a row runs at its natural one.
 
-Where the bundle brings a runner for this machine it is a process of its own, without Python and torch, and the row
-travels over its pipes (the protocol stands in runtimes/bindings/executorch/runner.cc). Else ExecuTorch's Python runtime.
+Where the bundle brings a runner for this machine it is a process of its own, without Python and torch, and rows travel
+over its pipes (the protocol stands in runtimes/bindings/executorch/runner.cc). Else it is ExecuTorch's Python runtime.
 
 A program with sparse attention has two methods with one copy of the weights: `forward` needs our operator, which that
 runner has, and `standard` computes it in standard operators.
@@ -27,7 +27,7 @@ TYPES = {"int32": 3, "int64": 4, "float32": 6}
 LAST_LINES, SECONDS = 3, 60
 
 
-class Broken(RuntimeError):
+class Broken(Exception):
     """The runner refused a request, or it is gone."""
 
 
@@ -79,13 +79,13 @@ def _python(path, entry, threads):
 
 
 class Runner:
-    """One method of one program in the bundle's own runner. Raises Broken with the runner's words, also when it dies."""
+    """One method of a program in the bundle's own runner. Raises Broken with the runner's words, also when it dies."""
 
     def __init__(self, library, path, inputs, threads=1, method=NATIVE, profile=False):
         # type: (str, str, Tuple[wire.Tensor, ...], int, str, bool) -> None
         _executable(library)
         self._inputs = inputs
-        self._said = tempfile.TemporaryFile()  # not a pipe: nobody reads it while the runner works
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (not a pipe: nobody reads it while the runner works)
         command = [library, path, method, str(threads)] + (["profile"] if profile else [])
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, bufsize=0
@@ -143,7 +143,7 @@ class Runner:
 
     def _reply(self):
         # type: () -> bytes
-        size, = struct.unpack("<I", self._read(4))
+        (size,) = struct.unpack("<I", self._read(4))
         reply = self._read(size)
         if reply[:1] != b"\0":
             raise Broken(_Reader(reply[1:]).text())
