@@ -101,7 +101,7 @@ class Runner:
         except Exception:
             self.close()
             raise
-        self.counters = self._counters if STANDARD in self.methods and method == NATIVE else None
+        self._counts = STANDARD in self.methods and method == NATIVE
         self.last_ns = 0  # of the last run, inside the runtime
 
     def __call__(self, row):
@@ -116,6 +116,11 @@ class Runner:
         told = _Reader(self._ask(b"P" + self._packed(row)))
         times = [(told.text(), told.take("Q") / 1e6) for _ in range(told.take("I"))]
         return sorted(times, key=lambda pair: -pair[1])
+
+    @property
+    def counters(self):
+        # type: () -> Optional[Callable[[], Counted]]
+        return self._counters if self._counts else None
 
     def _counters(self):
         # type: () -> Counted
