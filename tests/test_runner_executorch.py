@@ -22,7 +22,7 @@ from edgeformer_agent.runners import executorch as runner
 INPUTS = (wire.Tensor("x", "float32", (-1, -1)), wire.Tensor("n", "int32", (-1, -1)))
 ROW = {"x": np.arange(3, dtype=np.float32), "n": np.arange(3, dtype=np.int64)}
 
-# Answers R with the sum of its first input's bytes as numbers, in float32; J with two layers; the rest as the test says.
+# Answers R with the sum of the request's bytes, J with two layers, and the rest as the test says.
 FAKE = """#!{python}
 import struct, sys
 def text(words): return struct.pack("<I", len(words)) + words.encode()
