@@ -139,6 +139,11 @@ def binding(format: str, target: str | None = None, sdk: Path | None = None) -> 
     return done / binding_name(format)
 
 
+def operator(format: str, target: str | None = None) -> Path:
+    """What a bundle carries for a machine: the binding, or for ExecuTorch the runner that has it inside."""
+    return runner(target) if format == "executorch" else binding(format, target)
+
+
 def runner(target: str | None = None, sdk: Path | None = None) -> Path:
     """
     The program that runs .pte files without Python and torch, operator inside; the libraries it needs stand next to it.

@@ -137,9 +137,12 @@ def _scores(zq: Tensor, zk: Tensor, dist_bias: Tensor, sink_bias: Tensor, a: Blo
 
 
 def _all_if_short(keep: Tensor, rows: int | torch.SymInt, dense_below: int) -> Tensor:
-    """The length may be a symbol while a graph of any length is traced: no branch then, which would fix it."""
+    """
+    The length may be a symbol while a graph of any length is traced: no branch then, which would fix it. What was
+    scored stays in the graph: a converter drops operands that nobody reads.
+    """
     if isinstance(rows, int):
-        return torch.ones_like(keep) if rows <= dense_below else keep
+        return torch.maximum(keep, torch.ones_like(keep)) if rows <= dense_below else keep
     return torch.maximum(keep, (torch.ones(rows).sum() <= dense_below).to(keep.dtype))
 
 

@@ -27,8 +27,7 @@ from torch.fx.passes.dialect.common.cse_pass import CSEPass
 
 from edgeformer_agent import wire
 
-from ..attention import composite
-from ..device import Device
+from ..attention import composite, cost
 from ..errors import ExportError
 from ..model import Model
 from ..program import Program
@@ -46,8 +45,9 @@ Tensor = torch.Tensor
 quantized: Any = torch.ops.quantized_decomposed
 
 
-def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[Program]:
+def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     """One file each, batch 1, any length up to `model.max_length`. Raises ExportError in the exporter's own words."""
+    kept = cost.calibrated(model.history)
     for precision in precisions:
         module = _int8(model.module) if precision == "int8" else model.module
         try:
@@ -65,8 +65,8 @@ def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[
             outputs=(model.output,),
             lengths=(),
             runtime=RUNTIME,
-            needs=wire.Needs(glibc=GLIBC if device.glibc else None),
-            work=tuple(_work(graph, n) for n in ((1, *model.lengths) if model.lengths else (0,))),
+            needs=wire.Needs(glibc=GLIBC),
+            work=tuple(_work(graph, n, kept) for n in kept.counted(model.lengths)),
             sparse=_sparse(graph),
         )
 
@@ -185,15 +185,15 @@ def _name(node: Any) -> str:
     )
 
 
-def _work(graph: Any, length: int) -> wire.Work:
+def _work(graph: Any, length: int, kept: cost.Kept) -> wire.Work:
     """Counted on the operators of the lowered graph at one length. A multiply-add is two operations."""
     work = {False: 0.0, True: 0.0}
     weight_bytes = activation_bytes = 0.0
     for node in graph.graph.nodes:
         name = _name(node)
-        if name == "dsa":  # as if dense: how much is kept depends on the input
-            q, k = (_shape(x, length) for x in node.args[:2])
-            work[False] += 4.0 * prod(q) * k[2]
+        if name == "dsa":
+            q, k, _v, wq = (_shape(x, length) for x in node.args[:4])
+            work[False] += cost.operations(q, k, wq[2], kept)
             activation_bytes += 4.0 * (2 * prod(q) + 2 * prod(k))
         elif name in PRODUCTS:
             a, b = node.args[1:3] if name == "addmm" else node.args[:2]
