@@ -221,7 +221,8 @@ def _contents(
     contents: dict[str, bytes | Path] = dict(model.files or {})
     for b in built:
         contents |= {f"programs/{b.program.name}/{name}": data for name, data in b.program.files.items()}
-        contents |= {b.entry.libraries[machine]: path for machine, path in b.libraries.items()}
+        for machine, path in b.libraries.items():  # and what it needs, which stands next to it
+            contents |= {f"native/{machine}/{file.name}": file for file in sorted(path.parent.iterdir())}
     picked = _golden(rows)
     golden = cases.Cases(
         tuple(rows.rows[i] for i in picked), {b.entry.name: tuple(b.outputs[i] for i in picked) for b in built}, None

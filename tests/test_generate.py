@@ -122,7 +122,8 @@ def test_sparse_tokens_with_the_library_and_without(tmp_path: Path) -> None:
     wanted = theirs(whole, PROMPT)
     library = native.binding("onnx", native.host())
     run, entry = opened(model, "onnx", tmp_path, library)
-    journal = agent_native.Journal(str(library))
+    journal = agent_native.journal(run, str(library))
+    assert journal is not None
     calls: list[wire.Native] = []
 
     def watched(row: Any, every: bool) -> Any:

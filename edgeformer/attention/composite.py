@@ -146,7 +146,7 @@ def _all_if_short(keep: Tensor, rows: int | torch.SymInt, dense_below: int) -> T
     """
     if isinstance(rows, int):
         return torch.maximum(keep, torch.ones_like(keep)) if rows <= dense_below else keep
-    return torch.maximum(keep, (torch.full((), rows) <= dense_below).to(keep.dtype))
+    return torch.maximum(keep, (torch.ones(rows).sum() <= dense_below).to(keep.dtype))
 
 
 def _mass(z: Tensor, candidate: Tensor) -> Tensor:

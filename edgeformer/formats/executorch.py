@@ -138,16 +138,17 @@ def _sparse(graph: Any) -> bool:
     return any(_name(node) == "dsa" for node in graph.graph.nodes)
 
 
-def _standard(q: Tensor, k: Tensor, v: Tensor, *rest: Any, compute: int = 0, **config: Any) -> Tensor:
+def _standard(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **config: Any) -> Tensor:
     """The operator as its decomposition; attention in float, whatever `compute` asks of the native one."""
+    config.pop("compute", None)
     if reason := composite.inexpressible(**{n: config.pop(n) for n in ("rule", "max_blocks") if n in config}):
         raise ValueError(reason)
-    *scorer, q_len, kv_len = (*rest, None, None)[:7]
+    wq, wk, dist_bias, sink_bias, theta, q_len, kv_len = (*rest, None, None)[:7]
     q_len, kv_len = (
         torch.full(x.shape[:1], x.shape[2], dtype=torch.int32) if given is None else given
         for x, given in ((q, q_len), (k, kv_len))
     )
-    return composite.dsa(q, k, v, *scorer, q_len, kv_len, **config)
+    return composite.dsa(q, k, v, wq, wk, dist_bias, sink_bias, theta, q_len, kv_len, **config)
 
 
 # --- int8 -------------------------------------------------------------------------------------------------------------

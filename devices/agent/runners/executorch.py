@@ -1,8 +1,8 @@
 """
 ExecuTorch (.pte). Any sequence length: a row runs at its natural one.
 
-Where the bundle brings a runner for this machine it is a process of its own, without Python and torch, and the row
-travels over its pipes (the protocol stands in runtimes/bindings/executorch/runner.cc). Else ExecuTorch's Python runtime.
+Where the bundle brings a runner for this machine it is a process of its own, without Python and torch, and rows travel
+over its pipes (the protocol stands in runtimes/bindings/executorch/runner.cc). Else it is ExecuTorch's Python runtime.
 
 A program with sparse attention has two methods with one copy of the weights: `forward` needs our operator, which that
 runner has, and `standard` computes it in standard operators.
@@ -30,7 +30,7 @@ TYPES = {"int32": 3, "int64": 4, "float32": 6}
 LAST_LINES, SECONDS = 3, 60
 
 
-class Broken(RuntimeError):
+class Broken(Exception):
     """The runner refused a request, or it is gone."""
 
 
@@ -92,13 +92,13 @@ def _python(path, entry, threads):
 
 
 class Runner:
-    """One method of one program in the bundle's own runner. Raises Broken with the runner's words, also when it dies."""
+    """One method of a program in the bundle's own runner. Raises Broken with the runner's words, also when it dies."""
 
     def __init__(self, library, path, inputs, threads=1, method=NATIVE, profile=False):
         # type: (str, str, Tuple[wire.Tensor, ...], int, str, bool) -> None
         _executable(library)
         self._inputs = inputs
-        self._said = tempfile.TemporaryFile()  # not a pipe: nobody reads it while the runner works
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (not a pipe: nobody reads it while the runner works)
         command = [library, path, method, str(threads)] + (["profile"] if profile else [])
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, bufsize=0
@@ -114,7 +114,7 @@ class Runner:
         except Exception:
             self.close()
             raise
-        self.counters = self._counters if STANDARD in self.methods and method == NATIVE else None
+        self._counts = STANDARD in self.methods and method == NATIVE
         self.last_ns = 0  # of the last run, inside the runtime
 
     def __call__(self, row):
@@ -129,6 +129,11 @@ class Runner:
         told = _Reader(self._ask(b"P" + self._packed(row)))
         times = [(told.text(), told.take("Q") / 1e6) for _ in range(told.take("I"))]
         return sorted(times, key=lambda pair: -pair[1])
+
+    @property
+    def counters(self):
+        # type: () -> Optional[Callable[[], Counted]]
+        return self._counters if self._counts else None
 
     def _counters(self):
         # type: () -> Counted
