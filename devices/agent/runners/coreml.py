@@ -1,5 +1,5 @@
 """
-Core ML, by this agent's own interpreter of ML programs (`mil`, `mil_ops`): what a package computes, wherever numpy runs.
+Core ML, by this agent's own interpreter of ML programs (`mil`, `mil_ops`): what a package computes, where numpy runs.
 
 It says nothing about the speed of Core ML; on an iPhone the app under devices/ios runs the same package.
 """
