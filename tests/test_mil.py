@@ -46,7 +46,7 @@ CASES: dict[str, tuple[str, Callable[[Any], Any]]] = {  # name -> the operator t
     "greater_equal": ("greater_equal", lambda x: (x >= x[:, :1]).float()),
     "equal": ("equal", lambda x: (x == x[:, :1]).float()),
     "not_equal": ("not_equal", lambda x: (x != x[:, :1]).float()),
-    "and": ("logical_and", lambda x: ((x > 0) & (x < 1)).float()),
+    "and": ("logical_and", lambda x: torch.logical_and(x > 0, x < 1).float()),
     "select": ("select", lambda x: torch.where(x > 0, x, x * 2)),
     "clip": ("clip", lambda x: x.clamp(-0.5, 0.5)),
     "exp": ("exp", lambda x: x.exp()),
@@ -61,7 +61,7 @@ CASES: dict[str, tuple[str, Callable[[Any], Any]]] = {  # name -> the operator t
     "relu": ("relu", lambda x: x.relu()),
     "silu": ("silu", lambda x: F.silu(x)),
     "gelu": ("gelu", lambda x: F.gelu(x)),
-    "gelu_tanh": ("gelu", lambda x: F.gelu(x, approximate="tanh")),
+    "gelu_tanh": ("gelu", lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))),
     "softmax": ("softmax", lambda x: x.softmax(1)),
     "layer_norm": ("layer_norm", lambda x: F.layer_norm(x, (8,), WEIGHT[0], WEIGHT[1], 1e-3)),
     "sum": ("reduce_sum", lambda x: x.sum(1)),
@@ -157,8 +157,12 @@ def per_channel(bits: int) -> Any:
 
 
 FORMATS = {
-    "affine_int8": (ct.target.iOS16, cto.linear_quantize_weights, lambda: per_channel(8), "constexpr_affine_dequantize"),
-    "int8_ios18": (ct.target.iOS18, cto.linear_quantize_weights, lambda: per_channel(8), "constexpr_blockwise_shift_scale"),
+    "affine_int8": (
+        ct.target.iOS16, cto.linear_quantize_weights, lambda: per_channel(8), "constexpr_affine_dequantize",
+    ),
+    "int8_ios18": (
+        ct.target.iOS18, cto.linear_quantize_weights, lambda: per_channel(8), "constexpr_blockwise_shift_scale",
+    ),
     "int4_blocks": (
         ct.target.iOS18, cto.linear_quantize_weights,
         lambda: cto.OpLinearQuantizerConfig(
@@ -254,5 +258,5 @@ def test_inputs_must_fit(good: Path) -> None:
         run({name: np.zeros((1, 4, 64))})
     with pytest.raises(ValueError, match="is missing"):
         run({})
-    with pytest.raises(mil.BadPackage, match="model.mlmodel: No such file"):
+    with pytest.raises(mil.BadPackage, match=r"model\.mlmodel: No such file"):
         mil.Package(str(good / "nowhere"))

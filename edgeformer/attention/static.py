@@ -14,7 +14,7 @@ Same numbers as the definition on valid rows. Rows of padding, which nothing rea
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import NamedTuple
 
 import torch
@@ -73,7 +73,7 @@ def buckets(counts: tuple[int, ...]) -> tuple[Bucket, ...]:
     for parts in range(2, BUCKETS + 1):
         for cuts in combinations(range(1, len(order)), parts - 1):
             edges = (0, *cuts, len(order))
-            groups = [order[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+            groups = [order[a:b] for a, b in pairwise(edges)]
             tried = tuple(Bucket(tuple(heads), counts[heads[-1]]) for heads in groups)
             if _fetched(tried) < _fetched(best):
                 best = tried

@@ -133,8 +133,17 @@ def _decompositions() -> dict[Any, Any]:
         _aten.where.ScalarOther: lambda condition, x, y: torch.where(condition, x, _number(y)),
         _aten.__and__.Tensor: torch.logical_and,
         _aten.alias.default: lambda x: x,
+        _aten.gelu.default: _gelu,
         _aten.scaled_dot_product_attention.default: _dense_attention,
     }
+
+
+def _gelu(x: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
+    """The converter (9.0) overlooks `approximate`; spelled out, a pass of its own finds the operator again."""
+    if approximate == "none":
+        unchanged: torch.Tensor = NotImplemented
+        return unchanged
+    return 0.5 * x * (1.0 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * torch.pow(x, 3))))
 
 
 def _dense_attention(
