@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .data import Data, Rows
     from .model import Model, Source
     from .passes import Pass
+    from .recipe import Recipe
+    from .search import Limits
     from .workshop import Made
 
 ATTENTION = ("auto", "dense", "dsa")
@@ -32,6 +34,7 @@ GOLDEN_ROWS = 3
 GOLDEN_TOKENS = 64  # a self-check must be cheap on the slowest board
 
 Progress = Callable[[str, int, int], None]  # what, done, total
+RecipeSource: TypeAlias = "str | Path | Recipe"
 Targets: TypeAlias = list[str] | tuple[str, ...]
 
 
@@ -42,14 +45,16 @@ def build(model: Source, target: str, *, data: Data = ..., task: str | None = ..
           budget: float = ..., formats: Sequence[str] | None = ..., gate: wire.Gate | float | None = ...,
           lengths: Sequence[int] | None = ..., example: tuple[torch.Tensor, ...] | None = ..., name: str | None = ...,
           version: int | None = ..., expires: str | None = ..., key: str = ..., overwrite: bool = ...,
-          progress: Progress | None = ...) -> Bundle: ...
+          recipe: RecipeSource | None = ..., train: str | Path | None = ..., limits: Limits | None = ...,
+          trials: int = ..., progress: Progress | None = ...) -> Bundle: ...
 @overload
 def build(model: Source, target: Targets, *, data: Data = ..., task: str | None = ..., out: str | Path = ...,
           precision: str | Sequence[str] | None = ..., passes: Iterable[Pass] = ..., attention: str = ...,
           budget: float = ..., formats: Sequence[str] | None = ..., gate: wire.Gate | float | None = ...,
           lengths: Sequence[int] | None = ..., example: tuple[torch.Tensor, ...] | None = ..., name: str | None = ...,
           version: int | None = ..., expires: str | None = ..., key: str = ..., overwrite: bool = ...,
-          progress: Progress | None = ...) -> tuple[Bundle, ...]: ...
+          recipe: RecipeSource | None = ..., train: str | Path | None = ..., limits: None = ...,
+          trials: int = ..., progress: Progress | None = ...) -> tuple[Bundle, ...]: ...
 # fmt: on
 def build(
     model: Source,
@@ -71,6 +76,10 @@ def build(
     expires: str | None = None,
     key: str = signing.DEFAULT,
     overwrite: bool = False,
+    recipe: RecipeSource | None = None,
+    train: str | Path | None = None,
+    limits: Limits | None = None,
+    trials: int = 20,
     progress: Progress | None = None,
 ) -> Bundle | tuple[Bundle, ...]:
     """
@@ -83,18 +92,22 @@ def build(
     precision: of `PRECISIONS`, one or several; each format's own by default. formats: all of the target's by default.
     attention: "dense", "dsa" (sparse attention that keeps `budget` of the blocks; its scorers are trained on the data),
     or "auto": sparse where the data's rows are long enough that it pays on the device. The manifest says which and why.
+    recipe: passes and settings from a TOML file or by name (see `edgeformer.recipe`); train: what they learn from.
+    limits: what the device must do; with an open recipe, `trials` settings are searched for it (`edgeformer.search`).
     gate: the least share of fp32 that must be kept (see `edgeformer.check.gate`); the manifest records a loosened one.
     lengths: static sequence lengths, up to 512 by default. version: rises by itself with the date and with each change.
     expires: last day of validity, YYYY-MM-DD; by default the end of next year.
-    Raises GateFailed (nothing is packaged), BadInput, UnknownTarget, UnknownFormat, FormatNotYet, MissingExtra.
+    Raises GateFailed, BudgetMissed (nothing is packaged), BadInput, UnknownTarget, UnknownFormat, FormatNotYet, MissingExtra.
     """
     report = progress or (lambda _what, _done, _total: None)
-    planned = plans(target, formats, precision)
+    menu = _menu(recipe, limits, train, target)
+    planned = plans(target, formats, precision or (menu.precision if menu else None) or None)
     if attention not in ATTENTION:
         raise BadInput(f"attention {attention!r} must be one of {', '.join(ATTENTION)}")
     expiry = _expiry(expires)
 
     from . import check, data as rows_of, model as models  # torch from here on
+    from .order import Order, served
     from .workshop import Workshop
 
     limit = check.gate(gate)
@@ -108,8 +121,14 @@ def build(
     model = rows_of.with_task(model, rows)
     report("load the model", 1, 1)
     wanted = check.reference(model, rows.rows, lambda n: report("fp32 reference", n, len(rows.rows)))
+    before = model
     for step in passes:
         model = step(model)
+    if menu:
+        order = Order(menu, limits, train, data, task, trials, Path(out) / "search", report)
+        model, attention, budget = served(order, model, before, rows, planned[0], attention, budget)
+    if model.tokenizer is not before.tokenizer:  # a pass cut the vocabulary
+        rows = rows_of.load(model, data, task)
     shop = Workshop(rows, wanted, limit, report)
     made = []
     for plan in planned:
@@ -124,6 +143,20 @@ def build(
         bundles.append(_write(folder, manifest, contents, signer, version, overwrite))
         report("package and sign", len(bundles), len(made))
     return bundles[0] if isinstance(target, str) else tuple(bundles)
+
+
+def _menu(recipe: RecipeSource | None, limits: Limits | None, train: object, target: object) -> Recipe | None:
+    """The recipe that was asked for; a search's own where there are limits only."""
+    if limits is not None and not isinstance(target, str):
+        raise BadInput("limits go with one target: another device needs another model")
+    if recipe is None and limits is None:
+        if train is not None:
+            raise BadInput("train is what a recipe's passes learn from; name a recipe, or limits to search for")
+        return None
+    from .recipe import Recipe, load
+
+    found = recipe if recipe is not None else "search" if train is None else "search-trained"
+    return found if isinstance(found, Recipe) else load(found)
 
 
 def _expiry(expires: str | None) -> str:

@@ -19,7 +19,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -144,7 +152,8 @@ def _quiet(screen: Screen) -> Iterator[None]:
 @contextlib.contextmanager
 def _bars(screen: Screen) -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each step, on stderr; on something that is no terminal, a line when a step ends."""
-    columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
+    texts = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn())
+    columns = (*texts, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     tasks: dict[str, TaskID] = {}
     finished: set[str] = set()
     with Progress(*columns, console=screen.err, disable=not screen.err.is_terminal) as progress:
@@ -264,11 +273,11 @@ def parity(
 
     Exit code 1 where a format fails; the others are shown all the same.
     """
-    from .matrix import page, table
-    from .parity import parity as run_parity
-
     screen: Screen = context.obj
     with _bars(screen) as progress, _quiet(screen):
+        from .matrix import page, table
+        from .parity import parity as run_parity
+
         found = run_parity(
             model, formats=format, precision=precision, data=data, task=task, budget=budget, layers=layers,
             lengths=length, progress=progress,
@@ -324,6 +333,35 @@ def run(
     with _bars(screen) as progress:
         report = run_here(opened, measure=measure, keys=key, report_progress=progress)
     _reported(screen, opened, report, out, html, as_json)
+
+
+@app.command()
+def generate(
+    context: typer.Context,
+    bundle: BundlePath,
+    prompt: Annotated[str, typer.Argument(help="A text; - reads it from stdin.")],
+    most: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to add at most.")] = 64,
+    program: Annotated[str | None, typer.Option("--program", help="This program, not the first that can.")] = None,
+    threads: Threads = None,
+    key: Keys = None,
+    as_json: Json = False,
+) -> None:
+    """
+    Let a decoder's bundle continue a text on this machine: the likeliest token, again and again.
+
+    [dim]edgeformer generate dist/smollm2-raspberry-pi-4 "The capital of France is" --max-new-tokens 8[/]
+    """
+    from .generate import generate as run_generate
+
+    screen, opened = context.obj, _open(bundle)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    found = run_generate(opened, text, max_new_tokens=most, program=program, threads=threads or 1, keys=key)
+    if as_json:
+        _document(screen, json.dumps(dataclasses.asdict(found), indent=1))
+        return
+    screen.out.print(found.text, markup=False, soft_wrap=True)
+    further = "" if found.next_ms is None else f", {found.next_ms:.1f} ms a further token"
+    screen.err.print(f"{found.program}: first token {found.first_ms:.1f} ms{further}", style="dim")
 
 
 @app.command()

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,13 +31,15 @@ REFERENCE_BYTES = 32 << 20  # fp32 outputs travel with a bundle: a large vocabul
 SYNTHETIC_ROWS = 32
 TABLES = {  # tasks whose file is a table: how many texts a row, then a label
     "classification": 1,
+    "cola": 1,
+    "longtech": 1,
     "sst2": 1,
     "similarity": 2,
     "stsb": 2,
 }
-TASKS = {**dict.fromkeys(TABLES, ".tsv"), "squad": ".json", "lambada": ".jsonl", "tokens": ".tsv or .jsonl"}
-
-
+TASKS = {**dict.fromkeys(TABLES, ".tsv"), "longtech": ".jsonl", "squad": ".json", "lambada": ".jsonl"}
+TASKS["tokens"] = ".tsv or .jsonl"
+METRICS = {"cola": "mcc"}  # where it is not accuracy or rank correlation
 Data = str | Path | Sequence[str] | None  # a file, texts, or samples of the package
 
 
@@ -53,9 +56,9 @@ class Rows:
 def load(model: Model, data: Data, task: str | None, *, most: int = MAX_ROWS) -> Rows:
     """
     `data`: a .txt (one text a line), a labelled file with its `task` (of TASKS: a .tsv of texts, then a label, with a
-    header line or none; or what `edgeformer.labelled` reads), a .npz (an array of rows for each input), texts, or None
-    (a sample that comes with the package; noise for models without text). Rows longer than the model's limit are cut.
-    Raises BadInput.
+    header line or none; CoLA and LongTech as their authors publish them; or what `edgeformer.labelled` reads), a .npz
+    (an array of rows for each input), texts, or None (a sample that comes with the package; noise for models without
+    text). Rows longer than the model's limit are cut. Raises BadInput.
     """
     if task is not None and task not in TASKS:
         raise BadInput(f"no task {task!r}; known: {', '.join(sorted(TASKS))}")
@@ -83,6 +86,24 @@ def load(model: Model, data: Data, task: str | None, *, most: int = MAX_ROWS) ->
         return _synthetic(model)
     sample = files("edgeformer") / "texts.txt"
     return _unlabelled(model, sample.read_text("utf-8").splitlines(), "sample texts of the package", most)
+
+
+class Texts(NamedTuple):
+    """What a model learns from: texts, and a label each where the file has them."""
+
+    texts: tuple[str, ...]
+    labels: tuple[float, ...] | None
+
+
+def texts(path: str | Path, task: str | None) -> Texts:
+    """All texts of a file: a line each, or the first text of each row of a table with its `task`. Raises BadInput."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise BadInput(f"no file {str(path)!r} to learn from")
+    if task is None or task not in TABLES:
+        return Texts(tuple(line for line in _lines(path) if line.strip()), None)
+    rows = [row for _, row in _rows(path, task)]
+    return Texts(tuple(row[0] for row in rows), tuple(float(row[-1]) for row in rows))
 
 
 def _lines(path: Path) -> list[str]:
@@ -121,12 +142,20 @@ def _unfit(model: Model, task: str) -> BadInput:
 
 
 def _labelled(model: Model, path: Path, task: str, most: int) -> Rows:
+    table = thin([row for _, row in _rows(path, task)], most)
+    if not table:
+        raise BadInput(f"{path.name} holds no rows")
+    labels: Any = np.asarray([float(row[-1]) for row in table], np.float32)
+    rows, judged = _judged(model, table, labels, task)
+    return Rows(rows, _named(path), labels, judged)
+
+
+def _rows(path: Path, task: str) -> list[tuple[int, list[str]]]:
+    """Line numbers and rows: the task's texts, then its label."""
     columns = TABLES[task] + 1
-    try:
-        reader = csv.reader(_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE)
-        numbered = [(reader.line_num, row) for row in reader if row]
-    except csv.Error as error:
-        raise BadInput(f"{path.name} is not a table of tab-separated texts: {error}") from error
+    numbered = _longtech(path) if task == "longtech" else _table(path)
+    if task == "cola":  # source, label, the author's mark, sentence
+        numbered = [(line, [row[3], row[1]] if len(row) == 4 else row) for line, row in numbered]
     if numbered and not _is_number(numbered[0][1][-1]):
         numbered = numbered[1:]  # a header
     for line, row in numbered:
@@ -134,12 +163,31 @@ def _labelled(model: Model, path: Path, task: str, most: int) -> Rows:
             raise BadInput(
                 f"{path.name}, line {line}: task {task!r} needs {columns - 1} text column(s) and a number, got {row}"
             )
-    table = thin([row for _, row in numbered], most)
-    if not table:
-        raise BadInput(f"{path.name} holds no rows")
-    labels: Any = np.asarray([float(row[-1]) for row in table], np.float32)
-    rows, judged = _judged(model, table, labels, task)
-    return Rows(rows, _named(path), labels, judged)
+    return numbered
+
+
+def _table(path: Path) -> list[tuple[int, list[str]]]:
+    """Line numbers and columns."""
+    try:
+        reader = csv.reader(_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE)
+        return [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise BadInput(f"{path.name} is not a table of tab-separated texts: {error}") from error
+
+
+def _longtech(path: Path) -> list[tuple[int, list[str]]]:
+    """One document a line, as JSON with `text` and the number of its class, `y`."""
+    made = []
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            said = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            raise BadInput(f"{path.name}, line {number}: not JSON: {error}") from error
+        if said is not None and not (isinstance(said, dict) and {"text", "y"} <= said.keys()):
+            raise BadInput(f"{path.name}, line {number}: an object with text and y is needed")
+        if said is not None:
+            made.append((number, [str(said["text"]), str(said["y"])]))
+    return made
 
 
 def _judged(model: Model, table: list[list[str]], labels: np.ndarray, task: str) -> tuple[tuple[Row, ...], wire.Task]:
@@ -150,7 +198,8 @@ def _judged(model: Model, table: list[list[str]], labels: np.ndarray, task: str)
             raise BadInput(
                 f"labels {labels.min():g}..{labels.max():g} do not fit a head with {len(model.task.labels)} classes"
             )
-        return tuple(_tokenize(model, row[0]) for row in table), model.task._replace(metric="accuracy")
+        judged = model.task._replace(metric=METRICS.get(task, "accuracy"))
+        return tuple(_tokenize(model, row[0]) for row in table), judged
     if TABLES[task] == 2 and kind == "regression":
         return tuple(_tokenize(model, *row[:2]) for row in table), model.task._replace(metric="spearman")
     if TABLES[task] == 2 and kind == "embedding":

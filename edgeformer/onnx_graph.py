@@ -99,21 +99,17 @@ def work(proto: onnx.ModelProto, model: Model) -> tuple[wire.Work, ...]:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # keeps every name
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
     kept = cost.calibrated(model.history)
-    return tuple(_work_at(session, products, weights, n, kept) for n in _counted(model, kept))
+    return tuple(_work_at(session, products, weights, n, kept) for n in kept.counted(model.lengths))
 
 
-def _counted(model: Model, kept: cost.Kept) -> tuple[int, ...]:
-    """Lengths to count at: also on both sides of where sparse attention begins."""
-    turn = {n for n in (kept.dense_below, kept.dense_below + 1) if kept.at and n <= model.max_length}
-    return tuple(sorted({1, *model.lengths, *turn})) if model.lengths else (0,)
+def _sizes(x: Any, length: int) -> list[int]:
+    """One row of `length` tokens after none: of what is free, the first axis is the batch."""
+    free = {0: 1} | {i: 0 for i, d in enumerate(x.shape) if d == "past"}
+    return [d if isinstance(d, int) else free.get(i, length) for i, d in enumerate(x.shape)]
 
 
 def _work_at(session: Any, products: list[Any], weights: dict[str, Any], length: int, kept: cost.Kept) -> wire.Work:
-    sizes = {"batch": 1, "past": 0}  # the length of whatever else is free
-    feed = {
-        x.name: np.ones([d if isinstance(d, int) else sizes.get(d, length) for d in x.shape], DTYPES[x.type])
-        for x in session.get_inputs()
-    }
+    feed = {x.name: np.ones(_sizes(x, length), DTYPES[x.type]) for x in session.get_inputs()}
     names = [x.name for x in session.get_outputs()]
     shapes = {name: array.shape for name, array in zip(names, session.run(names, feed), strict=True)}
     shapes |= {name: array.shape for name, array in feed.items()} | {n: tuple(w.dims) for n, w in weights.items()}

@@ -26,7 +26,7 @@ from .model import Model
 from .passes import sparsify
 from .plan import Export, exports
 from .program import Program
-from .workshop import BLOCK, Progress, entry
+from .workshop import BLOCK, Progress, described
 
 __all__ = ["Cell", "Matrix", "parity"]
 
@@ -158,7 +158,7 @@ def _cell(program: Program, seconds: float, export: Export, wanted: _Wanted, rep
     total = len(wanted.rows.rows)
     try:
         outputs = check.run(
-            program, entry(program), wanted.rows.rows, lambda n: report(f"check {program.name}", n, total)
+            program, described(program), wanted.rows.rows, lambda n: report(f"check {program.name}", n, total)
         )
         labels = wanted.rows.labels
         cell = replace(
@@ -179,7 +179,7 @@ def _natively(cell: Cell, program: Program, wanted: _Wanted) -> Cell:
     library = str(native.binding(program.format, native.host()))
     with check.opened(program) as path:
         book = journal.Journal(library)
-        run = book.watch(runners.load(program.format).load(path, entry(program), 1, library))
+        run = book.watch(runners.load(program.format).load(path, described(program), 1, library))
         outputs = [np.asarray(run(row)) for row in wanted.rows.rows]
     found = check.fidelity(wanted.model, outputs, wanted.same, wanted.rows.labels)
     return replace(cell, with_library=found, native=book.native())
@@ -191,7 +191,7 @@ def _layers(precision: str, export: Export, wanted: _Wanted) -> tuple[float, ...
         return ()
     with suppress(EdgeformerError):
         (program,) = export.module.export(wanted.probe, (precision,))
-        outputs = check.run(program, entry(program), wanted.rows.rows, lambda _n: None)
+        outputs = check.run(program, described(program), wanted.rows.rows, lambda _n: None)
         cosines = [_cosines(*pair, wanted.width) for pair in zip(outputs, wanted.layers, strict=True)]
         return tuple(float(x) for x in np.concatenate(cosines).mean(0))
     return ()

@@ -91,7 +91,7 @@ class Workshop:
 
     def _check(self, model: Model, program: Program) -> Made:
         """Opens the program with the device's runner and holds it against the gate."""
-        said = entry(program)
+        said = described(program)
         total = len(self.rows.rows)
         outputs = check.run(program, said, self.rows.rows, lambda n: self.report(f"check {program.name}", n, total))
         found = check.fidelity(model, outputs, self.wanted, self.rows.labels)
@@ -106,7 +106,7 @@ def _decided(model: Model, chosen: str, gain: float, what: str, wanted: str, bud
     return model.after("attention", facts=facts | more)
 
 
-def entry(program: Program) -> wire.Entry:
+def described(program: Program) -> wire.Entry:
     """What every device is told of a program, before it is checked."""
     return wire.Entry(
         name=program.name,

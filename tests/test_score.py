@@ -208,5 +208,5 @@ def test_rows_of_any_rank_are_vectors() -> None:
 
 
 def test_an_unknown_metric() -> None:
-    with pytest.raises(ValueError, match=r"no metric 'mcc'; known: accuracy, exact_match, f1, spearman"):
-        score.metric(CLASSES._replace(metric="mcc"), [[1.0]], [0])
+    with pytest.raises(ValueError, match=r"no metric 'bleu'; known: accuracy, exact_match, f1, macro_f1, mcc, pearson"):
+        score.metric(CLASSES._replace(metric="bleu"), [[1.0]], [0])

@@ -27,7 +27,7 @@ MEASURE = {
     "question_answering": "agreement",
     "next_token": "agreement",
 }
-METRICS = ("accuracy", "exact_match", "f1", "spearman")
+METRICS = ("accuracy", "exact_match", "f1", "macro_f1", "mcc", "pearson", "spearman")
 IGNORED = -100  # the label of a token that is not judged: a special one, or the rest of a word
 ANSWER_TOKENS = 30  # the longest answer, as in the official evaluation of BERT on SQuAD
 
@@ -75,17 +75,23 @@ def metric(task, outputs, labels):
     """
     accuracy: share of rows whose argmax is the label; of tokens, those with a label (token_classification: an array of
     labels a row, IGNORED where there is none); of passages, each of whose rows must be right (next_token: the passage's
-    number and the token a row). exact_match, f1: of the answer's text, by SQuAD's official rules (question_answering:
-    a row's label is `answer_label`). spearman: rank correlation of predictions and labels.
-    A row that is not finite is wrong; it has no rank, so that nothing is correlated then.
+    number and the token a row). mcc, macro_f1: of the same answers of a classification, Matthews' correlation and the
+    mean F1 of the classes. exact_match, f1: of the answer's text, by SQuAD's official rules (question_answering: a
+    row's label is `answer_label`). spearman, pearson: correlation of predictions and labels, of their ranks or of their
+    values. A row that is not finite is wrong; it has no rank, so that nothing is correlated then.
     """
     finite = [bool(np.isfinite(row).all()) for row in outputs]
-    if task.metric == "spearman":
+    if task.metric in ("spearman", "pearson"):
         if not all(finite):
             return 0.0
         got = _matrix(outputs)
         predicted = _cosine(got[0::2], got[1::2]) if task.paired else got[:, 0]
-        return _pearson(_ranks(predicted), _ranks(np.asarray(labels, np.float64)))
+        wanted = np.asarray(labels, np.float64)
+        return _pearson(predicted, wanted) if task.metric == "pearson" else _pearson(_ranks(predicted), _ranks(wanted))
+    if task.metric in ("mcc", "macro_f1"):
+        got = _matrix(outputs)
+        table = _confusion(np.where(finite, got.argmax(axis=1), -1), np.asarray(labels), got.shape[1])
+        return _matthews(table) if task.metric == "mcc" else _macro_f1(table)
     rows = list(zip(outputs, labels, finite))
     if task.metric == "accuracy":
         chosen = [(_logits(task, row).argmax(axis=1) == _wanted(task, label)) & ok for row, label, ok in rows]
@@ -94,6 +100,29 @@ def metric(task, outputs, labels):
         rule = _f1 if task.metric == "f1" else _exact
         return float(np.mean([_answered(row, label, rule) if ok else 0.0 for row, label, ok in rows]))
     raise ValueError("no metric {!r}; known: {}".format(task.metric, ", ".join(METRICS)))
+
+
+def _confusion(chosen, labels, classes):
+    # type: (Any, Any, int) -> Any
+    """[class chosen, class wanted]; the last row counts what was not answered (-1)."""
+    table = np.zeros((classes + 1, classes + 1))
+    np.add.at(table, (chosen, labels.astype(int)), 1)
+    return table
+
+
+def _matthews(table):
+    # type: (Any) -> float
+    """Multi-class Matthews correlation; 0 where all answers or all labels are one class."""
+    chosen, wanted, total = table.sum(axis=1), table.sum(axis=0), table.sum()
+    scale = float(np.sqrt((total**2 - (chosen**2).sum()) * (total**2 - (wanted**2).sum())))
+    return float((np.trace(table) * total - (chosen * wanted).sum()) / scale) if scale else 0.0
+
+
+def _macro_f1(table):
+    # type: (Any) -> float
+    """Mean over the classes that were chosen or wanted."""
+    both = (table.sum(axis=0) + table.sum(axis=1))[:-1]
+    return float((2 * np.diag(table)[:-1] / np.maximum(both, 1))[both > 0].mean())
 
 
 def groups(task, count, labels):

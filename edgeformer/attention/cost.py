@@ -31,6 +31,11 @@ class Kept(NamedTuple):
             return 1.0
         return float(np.interp(tokens, [n for n, _ in self.at], [share for _, share in self.at]))
 
+    def counted(self, lengths: Sequence[int]) -> tuple[int, ...]:
+        """Lengths to count a dynamic program's work at: also on both sides of where sparse attention begins."""
+        turn = {n for n in (self.dense_below, self.dense_below + 1) if self.at and lengths and n <= lengths[-1]}
+        return tuple(sorted({1, *lengths, *turn} - {0})) if lengths else (0,)
+
     def scored(self, tokens: int) -> bool:
         return tokens > self.dense_below
 

@@ -15,16 +15,19 @@ from typing import Any
 import executorch.exir.passes._quant_patterns_and_replacements  # defines quantized_decomposed::embedding_byte
 import executorch.kernels.quantized  # noqa: F401 (and its out variant)
 import torch
+from executorch.backends.xnnpack.partition.config.gemm_configs import LinearConfig
+from executorch.backends.xnnpack.partition.config.generic_node_configs import BMMConfig, GeluConfig, SoftmaxConfig
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
 from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec
 from torch.ao.quantization.fx import _decomposed  # noqa: F401 (defines the rest of quantized_decomposed)
+from torch.fx.passes.dialect.common.cse_pass import CSEPass
 
 from edgeformer_agent import wire
 
-from ..attention import composite
+from ..attention import composite, cost
 from ..errors import ExportError
 from ..model import Model
 from ..program import Program
@@ -34,6 +37,8 @@ RUNTIME = wire.Runtime("executorch", "1.5", "2")
 GLIBC = "2.27"  # read from the libraries' symbols; the wheel's tag claims 2.28
 NATIVE, STANDARD = "forward", "standard"
 PRODUCTS = ("linear", "matmul", "bmm", "mm", "addmm", "conv2d", "convolution")
+# What XNNPACK gets of the standard form. It takes a padding that depends on the length for a constant.
+PLAIN = [LinearConfig, BMMConfig, SoftmaxConfig, GeluConfig]
 SMALLEST = 1e-12  # scale of a row of zeros
 
 Tensor = torch.Tensor
@@ -42,6 +47,7 @@ quantized: Any = torch.ops.quantized_decomposed
 
 def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     """One file each, batch 1, any length up to `model.max_length`. Raises ExportError in the exporter's own words."""
+    kept = cost.calibrated(model.history)
     for precision in precisions:
         module = _int8(model.module) if precision == "int8" else model.module
         try:
@@ -60,7 +66,7 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
             lengths=(),
             runtime=RUNTIME,
             needs=wire.Needs(glibc=GLIBC),
-            work=tuple(_work(graph, n) for n in ((1, *model.lengths) if model.lengths else (0,))),
+            work=tuple(_work(graph, n, kept) for n in kept.counted(model.lengths)),
             sparse=_sparse(graph),
         )
 
@@ -68,30 +74,32 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
 def _graph(model: Model, module: torch.nn.Module) -> Any:
     sequence = torch.export.Dim("sequence", min=1, max=max(model.max_length, 2))
     shapes = tuple({i: sequence for i, n in enumerate(x.shape) if n < 0 and i} for x in model.inputs)
-    # A length that is neither 1 nor the maximum, so that it is not taken for a constant.
-    example = model.example(min(16, max(model.max_length - 1, 2)))
+    # Neither 1 nor the maximum, and as many blocks as there can be: a size of 1 would be taken for a constant.
+    example = model.example(max(model.max_length - 1, 2))
     with torch.no_grad():
         return torch.export.export(module, example, dynamic_shapes=(shapes,), strict=False)
 
 
 def _lowered(graph: Any) -> bytes:
-    methods = {NATIVE: graph}
+    methods, partitioners = {NATIVE: graph}, {NATIVE: [_partitioner(graph)]}
     if _sparse(graph):
         methods[STANDARD] = graph.run_decompositions({torch.ops.edgeformer.dsa.default: _standard})
+        CSEPass()(methods[STANDARD].graph_module)  # what a layer says about blocks and lengths, every layer says
+        partitioners[STANDARD] = [_partitioner(graph, PLAIN)]
     lowered = to_edge_transform_and_lower(
         methods,
-        partitioner={name: [_partitioner(method)] for name, method in methods.items()},
+        partitioner=partitioners,
         compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
     )
     return bytes(lowered.to_executorch().buffer)
 
 
-def _partitioner(graph: Any) -> Any:
+def _partitioner(graph: Any, operators: list[Any] | None = None) -> Any:
     """
     XNNPACK runs 17 passes over each part it gets, half of the time of an export, and text models need one of them:
     this key asks for that one. The others are for convolutions.
     """
-    made = XnnpackPartitioner()
+    made = XnnpackPartitioner(operators)
     if not any("conv" in _name(node) for node in graph.graph.nodes):
         made.delegation_spec = DelegationSpec(XnnpackBackend.__name__, [CompileSpec("dqlinear_partitioner", b"")])
     return made
@@ -176,15 +184,15 @@ def _name(node: Any) -> str:
     )
 
 
-def _work(graph: Any, length: int) -> wire.Work:
+def _work(graph: Any, length: int, kept: cost.Kept) -> wire.Work:
     """Counted on the operators of the lowered graph at one length. A multiply-add is two operations."""
     work = {False: 0.0, True: 0.0}
     weight_bytes = activation_bytes = 0.0
     for node in graph.graph.nodes:
         name = _name(node)
-        if name == "dsa":  # as if dense: how much is kept depends on the input
-            q, k = (_shape(x, length) for x in node.args[:2])
-            work[False] += 4.0 * prod(q) * k[2]
+        if name == "dsa":
+            q, k, _v, wq = (_shape(x, length) for x in node.args[:4])
+            work[False] += cost.operations(q, k, wq[2], kept)
             activation_bytes += 4.0 * (2 * prod(q) + 2 * prod(k))
         elif name in PRODUCTS:
             a, b = node.args[1:3] if name == "addmm" else node.args[:2]

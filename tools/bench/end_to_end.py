@@ -36,7 +36,7 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from edgeformer import device as devices, formats, model as models, native  # noqa: E402
+from edgeformer import formats, model as models, native  # noqa: E402
 from edgeformer.attention import scorer, swap  # noqa: E402
 from edgeformer.attention.reference import Config  # noqa: E402
 from edgeformer.program import Program  # noqa: E402
@@ -80,8 +80,8 @@ def sparse(model: models.Model, kept: float, compute: int, trained: Any, stats: 
 
 def programs(model: models.Model, format: str, kept: float, trained: Any, stats: Any) -> Iterator[Entry]:
     """Ours for one format; the two dense references of ONNX Runtime with its fused attention."""
-    host, module = devices.load("host"), formats.load(format)
-    plain = list(module.export(model, host, ["fp32", "int8"]))
+    module = formats.load(format)
+    plain = list(module.export(model, ["fp32", "int8"]))
     if format == "onnx":
         yield Entry(BASE, fused(plain[0]), False)
         yield Entry("int8, ORT fused attention", fused(plain[1]), False)
@@ -94,7 +94,7 @@ def programs(model: models.Model, format: str, kept: float, trained: Any, stats:
         ("int8, DSA fp32", kept, 0, "int8"),
         ("int8, DSA int8", kept, 1, "int8"),
     ):
-        (made,) = module.export(sparse(model, fraction, compute, trained, stats), host, [precision])
+        (made,) = module.export(sparse(model, fraction, compute, trained, stats), [precision])
         yield Entry(what, made, True)
 
 

@@ -7,10 +7,9 @@ from typing import Any, Callable, Optional
 # (microsoft/onnxruntime pull 29843).
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
-import numpy as np
 import onnxruntime
 
-from .. import cases, wire
+from .. import cases, decoding, wire
 
 
 def version():
@@ -30,7 +29,7 @@ def load(path, entry, threads=1, library=None):
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [tensor.name for tensor in entry.outputs]
     dtypes = {tensor.name: tensor.dtype for tensor in entry.inputs}
-    nothing = {t.name: np.zeros([max(n, 0) for n in t.shape[1:]], t.dtype) for t in entry.inputs if t.name == "past"}
+    nothing = decoding.nothing(entry)
 
     def run(row, every=False):
         # type: (cases.Row, bool) -> Any
