@@ -156,14 +156,14 @@ class _Weights:
         if self.writer is None:
             self.writer = _WRITER(str(self.path))
         flat = np.ascontiguousarray(x).reshape(-1)
-        write = {
+        write: dict[int, Any] = {
             MIL_pb2.FLOAT32: lambda: self.writer.write_float_data(flat),
             MIL_pb2.FLOAT16: lambda: self.writer.write_fp16_data(flat.view(np.uint16)),
             MIL_pb2.INT32: lambda: self.writer.write_int32_data(flat),
             MIL_pb2.INT8: lambda: self.writer.write_int8_data(flat),
             MIL_pb2.INT4: lambda: self.writer.write_int4_data(flat),
-        }[number]
-        return int(write())
+        }
+        return int(write[number]())
 
 
 def _channels(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -120,7 +120,7 @@ def test_every_family_passes_in_the_interpreter(family: str) -> None:
         found = check.fidelity(model, check.run(program, entry(program), rows, lambda _: None), wanted, None)
         worst[program.precision] = found
     assert worst["fp32"].worst > 0.99999 and worst["fp32"].max_abs < 1e-4, worst
-    assert worst["int8"].mean > 0.98, worst
+    assert worst["int8"].worst > 0.95, worst
 
 
 def test_what_cannot_be_converted_is_named() -> None:

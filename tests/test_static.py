@@ -1,4 +1,4 @@
-"""The static form of sparse attention against the definition: same blocks and numbers, and only where it is less work."""
+"""The static form of sparse attention against the definition: the same numbers, and only where it is less work."""
 
 from __future__ import annotations
 

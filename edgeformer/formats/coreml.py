@@ -140,7 +140,7 @@ def _decompositions() -> dict[Any, Any]:
 
 
 def _diagonal(x: torch.Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> torch.Tensor:
-    """Of a batch with itself, as in `rows[i, place[i]]`; the batch is 1. The converter (9.0) takes it for nothing to do."""
+    """Of a batch with itself, as in `rows[i, place[i]]`; the batch is 1. The converter (9.0) does nothing for it."""
     if offset or x.shape[dim1] != 1 or x.shape[dim2] != 1:
         raise ExportError(f"coreml: the diagonal of a tensor of shape {tuple(x.shape)}; only of two axes of 1")
     kept = [n for i, n in enumerate(x.shape) if i not in (dim1 % x.ndim, dim2 % x.ndim)]
