@@ -29,7 +29,7 @@ sys.path[0] = str(Path(__file__).parents[2])
 import numpy as np  # noqa: E402
 
 from edgeformer import data, device, formats, model as models  # noqa: E402
-from edgeformer.passes import Pass, prune  # noqa: E402
+from edgeformer.passes import Pass, prune, unstructured  # noqa: E402
 from edgeformer_agent import runners  # noqa: E402
 
 Entry = dict[str, Any]
@@ -39,9 +39,13 @@ PASSES = 4  # over the rows that are timed
 
 def variants(arguments: argparse.Namespace, rows: data.Rows) -> Iterator[tuple[str, Pass | None]]:
     yield "dense", None
-    for method in arguments.methods.split(","):
+    for method in filter(None, arguments.methods.split(",")):
         for keep in arguments.keep:
             yield f"{method} keep {keep:g}", prune.structured(rows, keep=keep, method=method)
+    for method in unstructured.METHODS if arguments.unstructured else ():
+        for share in (0.5, 0.8):
+            yield f"zeros {method} {share:g}", unstructured.weights(rows, share=share, method=method)
+        yield f"zeros {method} 2:4", unstructured.weights(rows, pattern=(2, 4), method=method)
 
 
 def interval(right: int, count: int) -> tuple[float, float]:
@@ -131,6 +135,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--keep", type=lambda s: [float(x) for x in s.split(",")], default=[0.8, 0.6, 0.5, 0.4])
     parser.add_argument("--methods", default="obs,fisher,taylor,magnitude")
     parser.add_argument("--formats", type=lambda s: s.split(","), default=["onnx", "litert"])
+    parser.add_argument("--unstructured", action="store_true", help="zeros among the weights as well")
     parser.add_argument("--precision", default="int8")
     parser.add_argument("--every", type=int, default=4, help="one of so many dev rows is timed")
     return parser.parse_args()
