@@ -212,13 +212,13 @@ class _Subset:
             stays = stays & state.valid
             mass = mass.masked_fill(~state.valid, -2.0)
         first = torch.arange(mass.shape[1], device=mass.device) == 0
-        most = (stays | first).sum(1).amax().item()
+        most = (stays | first).sum(1).max().item()
         if torch.compiler.is_exporting():
             torch._check(most >= 1)
             torch._check(most <= mass.shape[1])
         else:
             state.tokens, state.share = mass.shape[1] - int(most), int(most) / mass.shape[1]
-        chosen = mass.masked_fill(first, torch.finfo(mass.dtype).max).topk(int(most), dim=1, sorted=True).indices
+        chosen = mass.masked_fill(first, torch.finfo(mass.dtype).max).topk(most, dim=1).indices
         return chosen.sort(dim=1).values
 
 
