@@ -92,7 +92,7 @@ def early_exit(
         seen = [_read(module, b) for b in calibration.batches(model, rows, MOST_ROWS)]
         states, wanted = (torch.cat(parts) for parts in zip(*seen, strict=True))
         reading = _ridge(states[::2], wanted[::2])
-        module.reading = torch.nn.Linear(*reading.shape[::-1], bias=False).requires_grad_(False)
+        module.reading = torch.nn.Linear(reading.shape[1], reading.shape[0], bias=False).requires_grad_(False)
         module.reading.weight.copy_(reading)
         found = _sure_enough(states[1::2] @ reading.T, wanted[1::2], agreement)
         state.threshold = found if threshold is None else threshold
@@ -212,10 +212,10 @@ class _Subset:
             stays = stays & state.valid
             mass = mass.masked_fill(~state.valid, -2.0)
         first = torch.arange(mass.shape[1], device=mass.device) == 0
-        most = (stays | first).sum(1).max().item()
+        most: Any = (stays | first).sum(1).max().item()  # a symbol in an export
         if torch.compiler.is_exporting():
-            torch._check(most >= 1)
-            torch._check(most <= mass.shape[1])
+            torch._check(most >= 1)  # type: ignore[no-untyped-call]
+            torch._check(most <= mass.shape[1])  # type: ignore[no-untyped-call]
         else:
             state.tokens, state.share = mass.shape[1] - int(most), int(most) / mass.shape[1]
         chosen = mass.masked_fill(first, torch.finfo(mass.dtype).max).topk(most, dim=1).indices
@@ -368,7 +368,8 @@ def _ridge(states: Tensor, wanted: Tensor) -> Tensor:
     x, y = states.double(), wanted.double()
     moments = x.T @ x
     damped = moments + RIDGE * moments.diagonal().mean() * torch.eye(len(moments), dtype=x.dtype)
-    return torch.linalg.solve(damped, x.T @ y).T.float()
+    solved: Tensor = torch.linalg.solve(damped, x.T @ y)
+    return solved.T.float()
 
 
 def _sure_enough(logits: Tensor, wanted: Tensor, agreement: float) -> float:

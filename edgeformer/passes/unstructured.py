@@ -94,7 +94,8 @@ def _factor(hessian: Tensor) -> Tensor:
     size = len(hessian)
     damping = DAMPING * hessian.diagonal().mean() + 1e-12
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian + damping * torch.eye(size, dtype=hessian.dtype)))
-    return torch.linalg.cholesky(inverse, upper=True)
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor
 
 
 def _spread(weight: Tensor, factor: Tensor, share: float, pattern: tuple[int, int] | None) -> Tensor:
