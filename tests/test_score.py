@@ -139,5 +139,5 @@ def test_rows_of_any_rank_are_vectors() -> None:
 
 
 def test_an_unknown_metric() -> None:
-    with pytest.raises(ValueError, match=r"no metric 'f1'; known: accuracy, spearman"):
+    with pytest.raises(ValueError, match=r"no metric 'f1'; known: accuracy, mcc, macro_f1, pearson, spearman"):
         score.metric(CLASSES._replace(metric="f1"), [[1.0]], [0])

@@ -108,6 +108,8 @@ def _mean(task, got, want, rows):
 
 def _matrix(rows):
     # type: (Any) -> Any
+    if getattr(rows, "ndim", 0) == 2:
+        return rows.astype(np.float64)
     return np.stack([np.ravel(row) for row in rows]).astype(np.float64)
 
 
