@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from .data import Rows
-    from .model import Model
+    from .data import Data, Rows
+    from .model import Model, Source
     from .passes import Pass
     from .workshop import Made
 
@@ -32,9 +32,7 @@ GOLDEN_ROWS = 3
 GOLDEN_TOKENS = 64  # a self-check must be cheap on the slowest board
 
 Progress = Callable[[str, int, int], None]  # what, done, total
-Source: TypeAlias = "str | Path | torch.nn.Module | Model"
 Targets: TypeAlias = list[str] | tuple[str, ...]
-Data: TypeAlias = "str | Path | Sequence[str] | None"
 
 
 # fmt: off

@@ -177,9 +177,15 @@ def build(
         list[str], typer.Option("--target", "-t", help="A target's name, see `edgeformer targets`; repeatable.")
     ],
     data: Annotated[
-        str | None, typer.Option(help="What to check with: .txt (a text a line), .tsv with --task, .npz.")
+        str | None, typer.Option(help="What to check with: .txt (a text a line), .npz, a labelled file with --task.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="What a .tsv holds: classification, sst2, similarity, stsb.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="What a labelled file holds: classification, sst2, similarity, stsb (.tsv), squad (.json), lambada "
+            "(.jsonl), tokens (.tsv, .jsonl)."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the bundle's folder goes.")] = Path("dist"),
     precision: Annotated[
         list[str] | None,
@@ -244,6 +250,51 @@ def build(
 
 
 @app.command()
+def parity(
+    context: typer.Context,
+    model: Annotated[str, typer.Option("--model", "-m", help="A Hugging Face folder or a hub id (org/name).")],
+    format: Annotated[
+        list[str] | None, typer.Option(help="Only this format; repeatable. [dim]\\[default: all][/]")
+    ] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="Repeatable. [dim]\\[default: the format's own][/]")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="What to compare on, as for build.")] = None,
+    task: Annotated[str | None, typer.Option(help="What a .tsv holds, as for build.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Sparse attention that keeps this share of blocks. [dim]\\[default: dense][/]")
+    ] = None,
+    layers: Annotated[bool, typer.Option(help="Compare after each layer too, at the price of a second export.")] = True,
+    length: Annotated[list[int] | None, typer.Option(help="A static sequence length; repeatable.")] = None,
+    out: Out = None, html: Html = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """
+    Build one model in every format, open each program with its runner, and print how close each comes to PyTorch.
+
+    Exit code 1 where a format fails; the others are shown all the same.
+    """
+    screen: Screen = context.obj
+    with _bars(screen) as progress, _quiet(screen):
+        from .matrix import page, table
+        from .parity import parity as run_parity
+
+        found = run_parity(
+            model, formats=format, precision=precision, data=data, task=task, budget=budget, layers=layers,
+            lengths=length, progress=progress,
+        )  # fmt: skip
+    if out:
+        _save(out, found.to_json().encode())
+    if html:
+        _save(html, page(found).encode())
+    if as_json:
+        _document(screen, found.to_json())
+    else:
+        screen.out.print(table(found))
+    if not found.whole:
+        raise typer.Exit(1)
+
+
+@app.command()
 def verify(
     context: typer.Context,
     bundle: BundlePath,
@@ -282,6 +333,35 @@ def run(
     with _bars(screen) as progress:
         report = run_here(opened, measure=measure, keys=key, report_progress=progress)
     _reported(screen, opened, report, out, html, as_json)
+
+
+@app.command()
+def generate(
+    context: typer.Context,
+    bundle: BundlePath,
+    prompt: Annotated[str, typer.Argument(help="A text; - reads it from stdin.")],
+    most: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to add at most.")] = 64,
+    program: Annotated[str | None, typer.Option("--program", help="This program, not the first that can.")] = None,
+    threads: Threads = None,
+    key: Keys = None,
+    as_json: Json = False,
+) -> None:
+    """
+    Let a decoder's bundle continue a text on this machine: the likeliest token, again and again.
+
+    [dim]edgeformer generate dist/smollm2-raspberry-pi-4 "The capital of France is" --max-new-tokens 8[/]
+    """
+    from .generate import generate as run_generate
+
+    screen, opened = context.obj, _open(bundle)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    found = run_generate(opened, text, max_new_tokens=most, program=program, threads=threads or 1, keys=key)
+    if as_json:
+        _document(screen, json.dumps(dataclasses.asdict(found), indent=1))
+        return
+    screen.out.print(found.text, markup=False, soft_wrap=True)
+    further = "" if found.next_ms is None else f", {found.next_ms:.1f} ms a further token"
+    screen.err.print(f"{found.program}: first token {found.first_ms:.1f} ms{further}", style="dim")
 
 
 @app.command()

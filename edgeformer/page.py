@@ -1,4 +1,4 @@
-"""The frame and the parts of an HTML page of ours: self-contained, no script, no network; every text is escaped here."""
+"""The frame and the parts of an HTML page: self-contained, no script, no network; every text is escaped here."""
 
 from collections.abc import Iterable, Sequence
 from html import escape

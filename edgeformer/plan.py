@@ -72,8 +72,13 @@ def _exports(
             raise FormatNotYet(name, device.name, [f for f in device.formats if f in here])
     if not names:
         raise BadInput(f"{device.name} runs none of {', '.join(wanted or ())}; it runs {', '.join(device.formats)}")
-    modules = [registry.load(name) for name in names]
-    return tuple(Export(n, m, _precisions(n, m, precision)) for n, m in zip(names, modules, strict=True))
+    return exports(names, precision)
+
+
+def exports(formats: Sequence[str], precision: str | Sequence[str] | None = None) -> tuple[Export, ...]:
+    """One for each format, at its own first precision unless told. Raises BadInput, UnknownFormat, MissingExtra."""
+    modules = [(name, registry.load(name)) for name in formats]
+    return tuple(Export(name, module, _precisions(name, module, precision)) for name, module in modules)
 
 
 def _precisions(name: str, module: ModuleType, wanted: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -7,14 +7,14 @@ Measured, emulated and modelled figures never share an axis unless the predictio
 """
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from html import escape
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeformer_agent.wire import Entry, Fidelity, Latency, Manifest, Memory, Report, Step, digest, dump
+from edgeformer_agent.wire import Entry, Fidelity, Latency, Manifest, Memory, Native, Report, Step, digest, dump
 
 from . import plot
 from .compare import NOISE, Comparison, machine
@@ -40,6 +40,8 @@ from .summary import (
     energy_text,
     explained,
     facts,
+    kept_text,
+    layers_kept,
     letter,
     number,
     rows,
@@ -102,7 +104,18 @@ def to_html(
 ) -> str:
     """One page. `signer` names the key that verified the bundle; a manifest does not carry it."""
     page = Page(manifest, reports, comparisons, rows(manifest, reports), signer)
-    sections = (_validity, _programs, _latency, _distributions, _fidelity, _resources, _compared, _places, _bundle)
+    sections = (
+        _validity,
+        _programs,
+        _latency,
+        _distributions,
+        _fidelity,
+        _sparse,
+        _resources,
+        _compared,
+        _places,
+        _bundle,
+    )
     body = _header(page) + "".join(section(page) for section in sections) + _footer()
     return document(f"{manifest.name} {manifest.version} on {manifest.target}: edgeformer report", body)
 
@@ -411,6 +424,37 @@ def _fidelity_picture(key: str, measure: str, judged: Sequence[Judged]) -> str:
     unit = f"{clean(measure, 30)} with the fp32 model; 1 is the same"
     picture = plot.spans(key, f"Fidelity: {clean(measure, 30)}", _said(spans), spans, scale, unit)
     return _figure(picture, MEASURES.get(measure, "Circle: mean over the rows. Diamond: the least similar row."))
+
+
+def _sparse(page: Page) -> str:
+    """What sparse attention was chosen for, and what our operator did; nothing where there is neither."""
+    decided = next((step.facts for step in page.manifest.history if step.name == "attention"), {})
+    by_length = decided.get("by_length")
+    inside = ""
+    if isinstance(by_length, Mapping):
+        heads: tuple[str, ...] = (">tokens", "attention", ">blocks kept", ">gain, modelled")
+        chosen = [(length, *_chosen(said)) for length, said in by_length.items() if isinstance(said, Mapping)]
+        inside += _table(f"Chosen for each length: {clean(decided.get('why', ''))}", heads, chosen)
+    if ran := [_counted(row, row.native) for row in page.by_program() if row.native]:
+        heads = ("program", "~run", "kernels", ">calls a run", ">blocks kept", "kept by each layer")
+        inside += _table("What the operator's library counted on the device, over all runs", heads, ran)
+    return _section("sparse", "Sparse attention", inside) if inside else ""
+
+
+def _counted(row: Row, did: Native) -> tuple[Cell, ...]:
+    layers = " ".join(layers_kept(did))
+    return (
+        row.program,
+        Raw(_key(row.report)),
+        clean(did.kernel_set, 24),
+        number(did.calls_per_run),
+        kept_text(did),
+        layers,
+    )
+
+
+def _chosen(said: Mapping[str, object]) -> tuple[str, ...]:
+    return tuple(clean(said.get(key, MISSING), 20) for key in ("chosen", "kept", "modelled_gain"))
 
 
 def _resources(page: Page) -> str:

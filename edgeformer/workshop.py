@@ -14,7 +14,7 @@ import numpy as np
 from edgeformer_agent import cases, wire
 
 from . import check, device as devices, native, predict
-from .attention import choice
+from .attention import choice, cost
 from .data import Rows
 from .errors import BadInput
 from .model import Model
@@ -53,13 +53,24 @@ class Workshop:
         """The model with the attention that suits the target: dense or sparse, and why, in the history."""
         if any(step.name == "sparsify.dsa" for step in model.history):  # a pass of the caller's has decided already
             return model
-        facts = _choice(model, plan, self.rows, attention, budget)
-        step = wire.Step("attention", facts)
-        if facts["chosen"] == "dense":
-            return replace(model, history=(*model.history, step))
+        tokens = [cases.length(row) for row in self.rows.rows]
+        load = choice.load(model.module, plan.device, plan.exports[0].precisions[0])
+        hoped = load.over(tokens, cost.Kept(sparsify.DENSE_BELOW, ((max(tokens), budget),))) if load else 1.0
+        long_enough = max(tokens) >= sparsify.FEWEST_BLOCKS * BLOCK
+        if attention == "dense" or (attention == "auto" and not (hoped >= choice.WORTH and long_enough)):
+            return _decided(model, "dense", hoped, "if the budget is met", attention, budget)
+        sparse = self._sparsified(model, budget)
+        assert load is not None  # the pass refuses models without attention layers that it can swap
+        kept = cost.calibrated(sparse.history)
+        gain, lengths = load.over(tokens, kept), choice.by_length(load, model.lengths, kept)
+        worth = attention != "auto" or gain >= choice.WORTH
+        made, chosen = (sparse, "dsa") if worth else (model, "dense")
+        return _decided(made, chosen, gain, "with what the trained scorers keep", attention, budget, by_length=lengths)
+
+    def _sparsified(self, model: Model, budget: float) -> Model:
         if self._sparse is None:
             self._sparse = sparsify.dsa(self.rows.rows, budget=budget, block=BLOCK, progress=self.report)(model)
-        return replace(self._sparse, history=(*model.history, step, *self._sparse.history[len(model.history) :]))
+        return self._sparse
 
     def programs(self, model: Model, plan: Plan) -> list[Made]:
         """The target's programs. Raises GateFailed, ExportError, BadInput."""
@@ -80,31 +91,23 @@ class Workshop:
 
     def _check(self, model: Model, program: Program) -> Made:
         """Opens the program with the device's runner and holds it against the gate."""
-        entry = described(program)
+        said = described(program)
         total = len(self.rows.rows)
-        outputs = check.run(program, entry, self.rows.rows, lambda n: self.report(f"check {program.name}", n, total))
+        outputs = check.run(program, said, self.rows.rows, lambda n: self.report(f"check {program.name}", n, total))
         found = check.fidelity(model, outputs, self.wanted, self.rows.labels)
         check.hold(program.name, found, self.limit)
-        return Made(program, entry._replace(checked=found), outputs, {})
+        return Made(program, said._replace(checked=found), outputs, {})
 
 
-def _choice(model: Model, plan: Plan, rows: Rows, wanted: str, budget: float) -> dict[str, object]:
-    """Dense or sparse, and the figures that decided."""
-    tokens = [cases.length(row) for row in rows.rows]
-    precision = plan.exports[0].precisions[0]
-    gain = choice.gain(model.module, tokens, plan.device, budget, precision, sparsify.DENSE_BELOW)
-    long_enough = max(tokens) >= sparsify.FEWEST_BLOCKS * BLOCK
-    sparse = wanted == "dsa" or (wanted == "auto" and gain >= choice.WORTH and long_enough)
-    why = (
-        f"modelled gain over the data's rows {gain:.2f}, worth it from {choice.WORTH}"
-        if wanted == "auto"
-        else "asked for"
-    )
-    return {"chosen": "dsa" if sparse else "dense", "why": why, "modelled_gain": round(gain, 3), "budget": budget}
+def _decided(model: Model, chosen: str, gain: float, what: str, wanted: str, budget: float, **more: object) -> Model:
+    limits = f"worth it from {choice.WORTH}" if wanted == "auto" else "asked for"
+    why = f"modelled gain over the data's rows {gain:.2f} {what}, {limits}"
+    facts = {"chosen": chosen, "why": why, "modelled_gain": round(gain, 3), "budget": budget}
+    return model.after("attention", facts=facts | more)
 
 
 def described(program: Program) -> wire.Entry:
-    """What every device is told."""
+    """What every device is told of a program, before it is checked."""
     return wire.Entry(
         name=program.name,
         format=program.format,
@@ -129,12 +132,18 @@ def _placed(made: Made, rows: Rows, device: devices.Device) -> Made:
     _fits(program, device)
     libraries = _libraries(program, device)
     tokens = [cases.length(row) for row in rows.rows]
-    entry = made.entry._replace(
+    placed = made.entry._replace(
         needs=program.needs if device.glibc else program.needs._replace(glibc=None),
-        predicted=predict.predict(program.work, program.lengths, tokens, device, accuracy=made.entry.checked.value),
+        predicted=predict.predict(
+            program.work,
+            program.lengths,
+            tokens,
+            predict.on(device, program.format, program.precision),
+            accuracy=made.entry.checked.value,
+        ),
         libraries={machine: f"native/{machine}/{path.name}" for machine, path in libraries.items()},
     )
-    return replace(made, entry=entry, libraries=libraries)
+    return replace(made, entry=placed, libraries=libraries)
 
 
 def _libraries(program: Program, device: devices.Device) -> dict[str, Path]:

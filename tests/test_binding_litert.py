@@ -133,7 +133,11 @@ def programs(**config: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [{}, {"kv_heads": 1, "causal": 1, "n_sink": 1}], ids=["encoder", "causal-gqa"])
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"kv_heads": 1, "causal": 1, "n_sink": 1}, {"dense_below": LENGTHS[0]}],
+    ids=["encoder", "causal-gqa", "dense-below"],
+)
 @pytest.mark.parametrize("precision", [0, 1], ids=["fp32", "int8"])
 def test_program(precision: int, config: dict[str, Any]) -> None:
     model, made = programs(**config)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 
 import edgeformer as ef  # noqa: E402
+from edgeformer import device as devices, formats  # noqa: E402
 from edgeformer.errors import BadInput, FormatNotYet, GateFailed, UnknownFormat, UnknownTarget  # noqa: E402
 
 
@@ -122,16 +124,26 @@ def test_wrong_use_is_told_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_unknown_and_later_targets() -> None:
+def test_unknown_targets() -> None:
     with pytest.raises(UnknownTarget, match="'raspberry-pi-4'"):
         ef.build("x", "raspberry-pi4")
+
+
+def test_a_format_of_a_later_version_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profile may know a format before this version builds it."""
+    monkeypatch.setattr(formats, "names", lambda: ["onnx"])
+    monkeypatch.setattr(formats, "PLANNED", ("coreml",))
     with pytest.raises(FormatNotYet, match="coreml"):
         ef.build("x", "iphone-13")
 
 
-def test_a_system_too_old_for_the_runtime_is_refused(tmp_path: Path, config_home: Path) -> None:
+def test_a_system_too_old_for_the_runtime_is_refused(
+    tmp_path: Path, config_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = replace(devices.load("raspberry-pi-4"), glibc="2.27")
+    monkeypatch.setattr(devices, "load", lambda name: old)
     with pytest.raises(BadInput, match=r"glibc 2\.28.*2\.27"):
-        ef.build(Scorer(), "jetson-nano", formats=["onnx"], example=(torch.zeros(1, 16),), out=tmp_path)
+        ef.build(Scorer(), "raspberry-pi-4", formats=["onnx"], example=(torch.zeros(1, 16),), out=tmp_path)
 
 
 def test_an_existing_bundle_is_kept(tmp_path: Path, config_home: Path) -> None:

@@ -324,6 +324,15 @@ def calibrate(stats: Statistics, parameters: Parameters, budget: float, *, per_h
         return settle(stats, masses(stats, parameters), budget, per_head=per_head)
 
 
+def kept_by_layer(stats: Statistics, parameters: Parameters) -> tuple[float, ...]:
+    """Shares of the candidates that the parameters' own thresholds keep, at the length of these statistics."""
+    with torch.no_grad():
+        p = masses(stats, parameters)
+    total = stats.plan.candidates.expand_as(p).sum((0, 2, 3, 4))
+    kept = dsa.choose(replace(stats.config, dense_below=0), p, stats.plan, parameters.theta, 0).sum((0, 2, 3, 4))
+    return tuple((kept / total.clamp(min=1)).tolist())
+
+
 def calibrated_on(stats: Statistics, budget: float) -> Tensor:
     """The theta [L, Hs] that keeps `budget` of the blocks when the masses are the true ones."""
     few = stats.of(slice(CALIBRATION_ROWS))

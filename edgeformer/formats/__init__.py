@@ -18,7 +18,7 @@ from types import ModuleType
 
 from ..errors import MissingExtra, UnknownFormat
 
-PLANNED = ("coreml", "executorch", "tensorrt")  # profiles may name them; this version does not build them
+PLANNED = ()  # profiles may name such formats; this version does not build them
 
 
 def names() -> list[str]:

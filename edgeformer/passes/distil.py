@@ -87,8 +87,8 @@ def distil(
 ) -> Pass:
     """
     `labels`: one a text, for `losses.hard`. `length`: longest text in tokens. `dropout`: in the student while it learns;
-    a teacher that answers every row leaves little to overfit. `folder`: where the teacher's outputs and
-    the checkpoint are kept; a second call with the same arguments goes on from there. Raises BadInput.
+    a teacher that answers every row leaves little to overfit. `folder`: where the teacher's outputs and the checkpoint
+    are kept; a second call with the same arguments goes on from there. Raises BadInput.
     """
     if losses.hard and labels is None:
         raise BadInput("losses.hard needs labels, one a text")
