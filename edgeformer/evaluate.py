@@ -103,8 +103,9 @@ def judged(name: str, outputs: Sequence[np.ndarray], rows: Rows, task: str) -> E
     """Answers that exist already, of another machine for one."""
     if rows.task is None or rows.labels is None:
         raise BadInput(f"{rows.source}: no labels in it; an evaluation needs them")
-    estimates = tuple(_estimate(rows.task._replace(metric=m), outputs, rows.labels) for m in METRICS[task])
-    return Evaluation(name, rows.task, rows.source, estimates, tuple(outputs), rows.labels)
+    labels = np.asarray(rows.labels)
+    estimates = tuple(_estimate(rows.task._replace(metric=m), outputs, labels) for m in METRICS[task])
+    return Evaluation(name, rows.task, rows.source, estimates, tuple(outputs), labels)
 
 
 def against(found: Evaluation, baseline: Evaluation) -> tuple[Difference, ...]:

@@ -86,7 +86,7 @@ def distil(
     progress: Progress = quiet,
 ) -> Pass:
     """
-    `labels`: one a text, for `losses.hard`. `length`: longest text in tokens. `dropout`: in the student while it learns;
+    `labels`: one a text, for `losses.hard`. `length`: longest text in tokens. `dropout`: in the student as it learns;
     a teacher that answers every row leaves little to overfit. `folder`: where the teacher's outputs and the checkpoint
     are kept; a second call with the same arguments goes on from there. Raises BadInput.
     """

@@ -88,8 +88,8 @@ class Plan:
 
 LOSSES = distil.Losses(response=1.0, hard=0.3)
 PLANS = {
-    "small": Plan(Goal(0.8422, 4, 10), 1, 192, 768, Recipe(epochs=1, batch=64, rate=8e-4), LOSSES, copies=1),
-    "medium": Plan(Goal(0.8599, 6, 5), 2, 256, 1024, Recipe(epochs=1.5, batch=64, rate=4e-4), LOSSES, copies=0),
+    "small": Plan(Goal(0.8422, 4, 10), 2, 192, 512, Recipe(epochs=1.5, batch=64, rate=8e-4), LOSSES, copies=0),
+    "medium": Plan(Goal(0.8599, 6, 5), 3, 256, 512, Recipe(epochs=1, batch=64, rate=5e-4), LOSSES, copies=0),
     "large": Plan(Goal(0.8776, 12, 2), 3, 384, 1152, Recipe(epochs=1, batch=64, rate=2e-4), LOSSES, copies=0),
 }
 
