@@ -81,7 +81,8 @@ def metric(task, outputs, labels):
     values. A row that is not finite is wrong; it has no rank, so that nothing is correlated then.
     """
     whole = getattr(outputs, "ndim", 0) == 2  # at once, where a bootstrap asks a thousand times
-    finite = np.isfinite(outputs).all(axis=1) if whole else [bool(np.isfinite(row).all()) for row in outputs]
+    finite = [bool(np.isfinite(row).all()) for row in (() if whole else outputs)]
+    finite = np.isfinite(outputs).all(axis=1).tolist() if whole else finite
     if task.metric in ("spearman", "pearson"):
         if not all(finite):
             return 0.0
