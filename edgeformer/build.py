@@ -97,7 +97,8 @@ def build(
     gate: the least share of fp32 that must be kept (see `edgeformer.check.gate`); the manifest records a loosened one.
     lengths: static sequence lengths, up to 512 by default. version: rises by itself with the date and with each change.
     expires: last day of validity, YYYY-MM-DD; by default the end of next year.
-    Raises GateFailed, BudgetMissed (nothing is packaged), BadInput, UnknownTarget, UnknownFormat, FormatNotYet, MissingExtra.
+    Raises GateFailed, BudgetMissed (nothing is packaged), BadInput, UnknownTarget, UnknownFormat, FormatNotYet,
+    MissingExtra.
     """
     report = progress or (lambda _what, _done, _total: None)
     menu = _menu(recipe, limits, train, target)

@@ -7,8 +7,8 @@ over its pipes (the protocol stands in runtimes/bindings/executorch/runner.cc). 
 A program with sparse attention has two methods with one copy of the weights: `forward` needs our operator, which that
 runner has, and `standard` computes it in standard operators.
 
-A decoder's program has further methods, `forward_next` and `standard_next`, for one token after the row's `past`. Only the
-Python runtime takes them so far: the bundle's own runner has one method, which starts from nothing.
+A decoder's program has further methods, `forward_next` and `standard_next`, for one token after the row's `past`. Only
+the Python runtime takes them so far: the bundle's own runner has one method, which starts from nothing.
 """
 
 import contextlib
