@@ -10,6 +10,7 @@ engine is built, which nodes stay fp32 in it, and for which sizes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from edgeformer_agent import wire
 
@@ -30,11 +31,7 @@ USUAL_LENGTH = 128
 
 def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     """Any batch up to 4, any length up to `model.max_length`. Raises ExportError, naming what would be refused."""
-    if model.past is not None:
-        raise ExportError(
-            f"tensorrt: {model.name} generates token by token; no cache is written here, leave it to onnx"
-        )
-    traced = onnx_graph.trace(model, "tensorrt")
+    traced = onnx_graph.trace(replace(model, past=None), "tensorrt")  # it does not generate
     sparse = onnx_function.present(traced)
     made = {"model.onnx": lower.standard(traced)} | ({"plugin.onnx": lower.with_plugin(traced)} if sparse else {})
     for name, lowered in made.items():

@@ -36,8 +36,8 @@ MESSAGE = 1024  # bytes of an error text
 MOST_OUTPUT = 1 << 20  # values of one row's output
 
 
-def version():
-    # type: () -> str
+def version(library=None):  # noqa: ARG001 (the library does not bring the runtime)
+    # type: (Optional[str]) -> str
     """Of TensorRT; where there is none, a text that no program's range admits."""
     if _NVINFER is None:
         return "0 (none here; onnxruntime {} stands in)".format(onnxruntime.__version__)
