@@ -30,7 +30,8 @@ class Batch(NamedTuple):
 def batches(model: Model, rows: Rows, most: int) -> Iterator[Batch]:
     """At most `most` rows, evenly picked, those of similar length together."""
     found = rows if isinstance(rows, data.Rows) else data.load(model, list(rows), None)
-    labels = found.labels if model.task.kind == "classification" else None
+    known = found.labels if model.task.kind == "classification" else None
+    labels = None if known is None else np.asarray(known)
     count = min(len(found.rows), most)
     picked = [i * len(found.rows) // count for i in range(count)]
     first = model.inputs[0].name

@@ -13,8 +13,8 @@ from .. import cases, mil, mil_ops, wire
 CORE_ML = "8"  # the newest operator set the interpreter reads, that of iOS 18
 
 
-def version():
-    # type: () -> str
+def version(library=None):  # noqa: ARG001 (the library does not bring the runtime)
+    # type: (Optional[str]) -> str
     return CORE_ML
 
 
