@@ -251,6 +251,19 @@ def test_no_cut_of_a_program_passes_or_crashes(good: Path, tmp_path: Path) -> No
             mil_ops.compile(mil.Package(damaged(good, tmp_path, mil.MODEL, lambda x, n=cut: x[:n])), "main")
 
 
+def test_changed_bytes_are_refused_or_harmless_never_a_crash(good: Path, tmp_path: Path) -> None:
+    draw, refused = np.random.default_rng(0), 0
+    for _ in range(60):
+        shutil.rmtree(tmp_path / "bad.mlpackage", ignore_errors=True)
+        place, byte = int(draw.integers((good / mil.MODEL).stat().st_size)), bytes([int(draw.integers(256))])
+        path = damaged(good, tmp_path, mil.MODEL, lambda x, n=place, b=byte: x[:n] + b + x[n + 1 :])
+        try:
+            mil_ops.compile(mil.Package(path), "main")
+        except (mil.BadPackage, mil_ops.Unsupported):
+            refused += 1
+    assert refused > 10
+
+
 def test_inputs_must_fit(good: Path) -> None:
     package = mil.Package(str(good))
     run, name = mil_ops.compile(package, "main"), package.function("main").inputs[0].name

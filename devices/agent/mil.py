@@ -86,7 +86,7 @@ class Package:
         self._weights = None  # type: Optional[bytes]
         self._blobs = {}  # type: Dict[Tuple[int, Type], Any]
         model = _message(_bytes(folder, MODEL), MODEL)
-        self.version = int(_one(model, 1, 0))
+        self.version = _number(model, 1)
         if 502 not in model:
             raise BadPackage("{}: holds no ML program (an older neural network?)".format(MODEL))
         program = _message(_one(model, 502, b""), MODEL)
@@ -139,7 +139,7 @@ class Package:
             place = _message(body[5][-1], MODEL)
             if kind is None:
                 raise BadPackage("{}: a constant in the weights' file is no tensor".format(MODEL))
-            return self._blob(_text(_one(place, 1, b"")), int(_one(place, 2, 0)), kind)
+            return self._blob(_text(_one(place, 1, b"")), _number(place, 2), kind)
         held = _message(_one(body, 3, b""), MODEL)
         if 3 in held:
             return [self._value(x) for x in _message(held[3][-1], MODEL).get(1, [])]
@@ -256,6 +256,7 @@ def _integers(x):
 
 def _signed(value):
     # type: (int) -> int
+    value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value
 
 
@@ -274,8 +275,8 @@ def _type(data):
     shape = []
     for x in tensor.get(3, []):
         dimension = _message(x, MODEL)
-        shape.append(int(_one(_message(dimension[1][-1], MODEL), 1, 0)) if 1 in dimension else -1)
-    return Type(int(_one(tensor, 1, 0)), tuple(shape))
+        shape.append(_number(_message(dimension[1][-1], MODEL), 1) if 1 in dimension else -1)
+    return Type(_number(tensor, 1), tuple(shape))
 
 
 # --- protocol buffers -------------------------------------------------------------------------------------------------
@@ -325,6 +326,14 @@ def _one(message, field, default):
     # type: (Message, int, Any) -> Any
     values = message.get(field)
     return values[-1] if values else default
+
+
+def _number(message, field):
+    # type: (Message, int) -> int
+    value = _one(message, field, 0)
+    if not isinstance(value, int):
+        raise BadPackage("{}: field {} should be a number".format(MODEL, field))
+    return value
 
 
 def _pairs(message, field, where):
