@@ -17,8 +17,8 @@ pytest.importorskip("coremltools")
 
 import edgeformer as ef  # noqa: E402
 from edgeformer import check, data, formats, model as models  # noqa: E402
-from edgeformer.attention import dsa, swap  # noqa: E402
-from edgeformer.attention.reference import TOP_K, Config  # noqa: E402
+from edgeformer.attention import dsa, scorer, swap  # noqa: E402
+from edgeformer.attention.reference import THRESHOLD, TOP_K, Config  # noqa: E402
 from edgeformer.errors import ExportError  # noqa: E402
 from edgeformer.program import Program  # noqa: E402
 from edgeformer_agent import mil, mil_ops, wire  # noqa: E402
@@ -212,3 +212,45 @@ def test_builds_for_the_iphone(tmp_path: Path, config_home: Path) -> None:
     assert sum(program.path.rpartition("/")[0] in name for name in one.manifest.files) == 3
     assert one.digest == two.digest
     assert mil_ops.compile(mil.Package(str((one.path / program.path).parent)), "length_48")
+
+
+@pytest.mark.slow
+def test_a_sparse_build_counts_blocks_for_core_ml_and_says_which_layers_are_sparse(
+    tmp_path: Path, config_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its programs need a count where others take a threshold; the scorers are trained once for both."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = hf.BertConfig(
+        vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=512,
+    )  # fmt: skip
+    trained, whole = [], scorer.train
+
+    def train(stats: scorer.Statistics, _recipe: Any, **options: Any) -> scorer.Trained:
+        trained.append(stats)
+        return whole(stats, scorer.Recipe(steps=5), **options)
+
+    monkeypatch.setattr(scorer, "train", train)
+    options: dict[str, Any] = {"lengths": (64, 512), "gate": 0.5, "name": "long", "out": tmp_path, "precision": "fp32"}
+    host, phone = ef.build(
+        hf.BertModel(config).eval(), ["host", "iphone-13"], formats=["onnx", "coreml"], attention="dsa", **options
+    )
+    assert len(trained) == 1
+    steps = [{step.name: step.facts for step in bundle.manifest.history} for bundle in (host, phone)]
+    assert [s["sparsify.dsa"]["rule"] for s in steps] == [THRESHOLD, TOP_K]
+    assert "sparse_layers" not in steps[0]["export.onnx"]
+    assert steps[1]["export.coreml"]["sparse_layers"] == {
+        "64": {"sparse": 0, "layers": 2, "dense_because": ["rows of up to 256 tokens are dense"]},
+        "512": {"sparse": 2, "layers": 2},
+    }
+
+
+def test_a_causal_model_stays_dense_in_core_ml_and_the_manifest_says_why(tmp_path: Path, config_home: Path) -> None:
+    bundle = ef.build(
+        families.tiny("llama"), "iphone-13", attention="dsa", lengths=(16,), gate=0.5, name="decoder", out=tmp_path
+    )
+    (decided,) = [step.facts for step in bundle.manifest.history if step.name == "attention"]
+    assert decided["chosen"] == "dense" and "in coreml: this form has no causal mask, asked for" in decided["why"]
+    assert not any(step.name == "sparsify.dsa" for step in bundle.manifest.history)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,50 +65,92 @@ def dsa(
     """
     if not 0 < budget <= 1:
         raise BadInput(f"budget {budget} must be above 0 and at most 1: the fraction of blocks to keep")
-    compute = int(int8)
-    base = Config(block_q=block, block_k=block, rule=rule, dense_below=dense_below or 0)
 
     def run(model: Model) -> Model:
-        longest = min(length or model.max_length, model.max_length or length)
-        given = _inputs(model, rows, longest, block)
-        module = copy.deepcopy(model.module)
-        config = _with_sink(base, module)
-        stats = scorer.collect(module, given, config, progress, 0 if model.lengths else length)
-        trained = scorer.train(stats, recipe, checkpoint=checkpoint, progress=progress)
-        found = scorer.calibrate(stats, trained.parameters, budget, per_head=per_head)
-        thetas = {int(stats.lengths.max()): found.theta}
-        for bucket in sorted(n for n in buckets if model.lengths and n < max(thetas)):
-            part = scorer.collect(module, [tuple(x[:, :bucket] for x in row) for row in given], config, progress)
-            thetas[bucket] = scorer.calibrate(part, trained.parameters, budget, per_head=per_head).theta
-        dense = [n for n, kept in enumerate(found.kept_by_layer) if kept > DENSE_ABOVE[compute]]
-        kept = [1.0 if n in dense else round(x, 4) for n, x in enumerate(found.kept_by_layer)]
-        parameters = trained.parameters._replace(theta=found.theta)
-        by_length = _kept_by_length(model, module, given, stats, parameters, set(dense))
-        if dense_below is None:
-            config = replace(config, dense_below=cost.dense_below(by_length, compute, DENSE_BELOW))
-        _install(module, parameters, set(dense), config, compute)
-        if len(dense) < len(kept):
-            swap.set_thetas(module, thetas)
-        facts = {
-            "budget": budget,
-            "kept": round(sum(kept) / len(kept), 4),
-            "kept_by_layer": kept,
-            "kept_by_length": {str(n): round(share, 4) for n, share in sorted(by_length.items())},
-            "mass_kept": round(found.recall, 4),
-            "dense_layers": dense,
-            "theta": {str(n): _thetas(theta) for n, theta in sorted(thetas.items())},
-            "rows": len(given),
-            "kl": round(trained.kl, 5),
-            "kl_untrained": round(trained.first_kl, 5),
-            "rule": rule,
-            "block": block,
-            "rank": trained.parameters.wq.shape[-1],
-            "dense_below": config.dense_below,
-            "attention": "int8" if int8 else "fp32",
-        }
-        return model.after("sparsify.dsa", module, facts=facts)
+        scorers = train(model, rows, length=length, block=block, recipe=recipe, checkpoint=checkpoint, progress=progress)
+        return swapped(
+            model, scorers, budget=budget, buckets=buckets, rule=rule, per_head=per_head, int8=int8,
+            dense_below=dense_below, progress=progress,
+        )  # fmt: skip
 
     return run
+
+
+@dataclass(frozen=True)
+class Scorers:
+    """Trained ones of one model, and what they were trained on: any rule and budget can be calibrated on it."""
+
+    rows: tuple[tuple[torch.Tensor, ...], ...]
+    stats: scorer.Statistics
+    trained: scorer.Trained
+
+
+def train(
+    model: Model,
+    rows: Rows,
+    *,
+    length: int = 0,
+    block: int = 64,
+    recipe: scorer.Recipe | None = None,
+    checkpoint: str | Path | None = None,
+    progress: scorer.Progress = scorer.quiet,
+) -> Scorers:
+    """The half of `dsa` that knows no budget; parameters as there."""
+    given = _inputs(model, rows, min(length or model.max_length, model.max_length or length), block)
+    config = _with_sink(Config(block_q=block, block_k=block), model.module)
+    stats = scorer.collect(model.module, given, config, progress, 0 if model.lengths else length)
+    return Scorers(tuple(given), stats, scorer.train(stats, recipe, checkpoint=checkpoint, progress=progress))
+
+
+def swapped(
+    model: Model,
+    scorers: Scorers,
+    *,
+    budget: float,
+    buckets: Sequence[int] = (),
+    rule: int = THRESHOLD,
+    per_head: bool = False,
+    int8: bool = False,
+    dense_below: int | None = None,
+    progress: scorer.Progress = scorer.quiet,
+) -> Model:
+    """The other half of `dsa`: calibrates trained scorers, and swaps the attention of a copy of the model."""
+    compute, trained, given = int(int8), scorers.trained, scorers.rows
+    module = copy.deepcopy(model.module)
+    config = replace(scorers.stats.config, rule=rule, dense_below=dense_below or 0)
+    stats = replace(scorers.stats, config=config)
+    found = scorer.calibrate(stats, trained.parameters, budget, per_head=per_head)
+    thetas = {int(stats.lengths.max()): found.theta}
+    for bucket in sorted(n for n in buckets if model.lengths and n < max(thetas)):
+        part = scorer.collect(module, [tuple(x[:, :bucket] for x in row) for row in given], config, progress)
+        thetas[bucket] = scorer.calibrate(part, trained.parameters, budget, per_head=per_head).theta
+    dense = [n for n, kept in enumerate(found.kept_by_layer) if kept > DENSE_ABOVE[compute]]
+    kept = [1.0 if n in dense else round(x, 4) for n, x in enumerate(found.kept_by_layer)]
+    parameters = trained.parameters._replace(theta=found.theta)
+    by_length = _kept_by_length(model, module, given, stats, parameters, set(dense))
+    if dense_below is None:
+        config = replace(config, dense_below=cost.dense_below(by_length, compute, DENSE_BELOW))
+    _install(module, parameters, set(dense), config, compute)
+    if len(dense) < len(kept):
+        swap.set_thetas(module, thetas)
+    facts = {
+        "budget": budget,
+        "kept": round(sum(kept) / len(kept), 4),
+        "kept_by_layer": kept,
+        "kept_by_length": {str(n): round(share, 4) for n, share in sorted(by_length.items())},
+        "mass_kept": round(found.recall, 4),
+        "dense_layers": dense,
+        "theta": {str(n): _thetas(theta) for n, theta in sorted(thetas.items())},
+        "rows": len(given),
+        "kl": round(trained.kl, 5),
+        "kl_untrained": round(trained.first_kl, 5),
+        "rule": rule,
+        "block": config.block_k,
+        "rank": trained.parameters.wq.shape[-1],
+        "dense_below": config.dense_below,
+        "attention": "int8" if int8 else "fp32",
+    }
+    return model.after("sparsify.dsa", module, facts=facts)
 
 
 def _kept_by_length(
