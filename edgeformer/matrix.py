@@ -59,7 +59,9 @@ def _caption(matrix: Matrix) -> str:
     words = f"departs: first layer whose tokens have a mean cosine below {DEPARTS:g} to PyTorch with the same attention"
     own = {cell.format: _share(cell.torch) for cell in matrix.cells if cell.torch}
     if matrix.budget is not None and own:
-        said = ", ".join(f"{value} ({', '.join(f for f in own if own[f] == value)})" for value in dict.fromkeys(own.values()))
+        said = ", ".join(
+            f"{value} ({', '.join(f for f in own if own[f] == value)})" for value in dict.fromkeys(own.values())
+        )
         words += f"; PyTorch itself at this budget, to dense: {said}"
     return words
 

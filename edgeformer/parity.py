@@ -145,9 +145,7 @@ def parity(
     return Matrix(model.name, len(rows.rows), rows.source, budget, names, tuple(cells))
 
 
-def _wanted(
-    model: Model, rows: rows_of.Rows, dense: tuple[np.ndarray, ...], layers: bool, report: Progress
-) -> _Wanted:
+def _wanted(model: Model, rows: rows_of.Rows, dense: tuple[np.ndarray, ...], layers: bool, report: Progress) -> _Wanted:
     total = len(rows.rows)
     sparse = any(step.name == "sparsify.dsa" for step in model.history)
     same = check.reference(model, rows.rows, lambda n: report("sparse reference", n, total)) if sparse else dense

@@ -67,7 +67,9 @@ def dsa(
         raise BadInput(f"budget {budget} must be above 0 and at most 1: the fraction of blocks to keep")
 
     def run(model: Model) -> Model:
-        scorers = train(model, rows, length=length, block=block, recipe=recipe, checkpoint=checkpoint, progress=progress)
+        scorers = train(
+            model, rows, length=length, block=block, recipe=recipe, checkpoint=checkpoint, progress=progress
+        )
         return swapped(
             model, scorers, budget=budget, buckets=buckets, rule=rule, per_head=per_head, int8=int8,
             dense_below=dense_below, progress=progress,
