@@ -202,6 +202,10 @@ LOWERED = {
         [node("Greater", ["x", "z"], ["c"]), node("And", ["t", "c"], ["d"], "n"), node("Cast", ["d"], ["out"], to=T.FLOAT)],
         X, {"z": np.float32(0), "t": np.array(True)},
     ),
+    "or-true": (
+        [node("Greater", ["x", "z"], ["c"]), node("Or", ["t", "c"], ["d"], "n"), node("Cast", ["d"], ["out"], to=T.FLOAT)],
+        X, {"z": np.float32(0), "t": np.array(True)},
+    ),
     "gathered-booleans": (
         [node("Greater", ["x", "z"], ["c"]), node("GatherND", ["c", "i"], ["d"], "n"), node("Cast", ["d"], ["out"], to=T.INT32)],
         IDS, {"z": np.array(0), "i": np.array([[0, 1], [2, 3]])},
