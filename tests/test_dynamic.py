@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from edgeformer import calibration, data, device, model as models  # noqa: E402
+from edgeformer import calibration, data, model as models  # noqa: E402
 from edgeformer.errors import BadInput  # noqa: E402
 from edgeformer.passes import dynamic  # noqa: E402
 
@@ -96,7 +96,7 @@ def session(model: models.Model, folder: Path, profile: bool = False) -> Any:
 
     from edgeformer import formats
 
-    program = next(formats.load("onnx").export(model, device.load("host"), ["fp32"]))
+    program = next(formats.load("onnx").export(model, ["fp32"]))
     options = onnxruntime.SessionOptions()
     options.enable_profiling = profile
     options.profile_file_prefix = str(folder / "profile")

@@ -179,7 +179,7 @@ def test_a_pruned_model_exports(family: str, tmp_path: Path) -> None:
         want = made.module(*(torch.from_numpy(row[x.name][None]) for x in made.inputs))[0].numpy()
     for name in ("onnx", "litert"):
         pytest.importorskip({"onnx": "onnxruntime", "litert": "litert_torch"}[name])
-        program = next(formats.load(name).export(made, HOST, ["fp32"]))
+        program = next(formats.load(name).export(made, ["fp32"]))
         (tmp_path / program.entry).write_bytes(program.files[program.entry])
         got = runners.load(name).load(str(tmp_path / program.entry), program, 1)(row)
         assert np.abs(got - want).max() < 1e-4, name
