@@ -82,14 +82,14 @@ def dsa(
         dense = _install(module, trained.parameters, by_length, most, goal)
         distilled: dict[str, Any] = {}
         if steps.steps and len(dense) < len(by_length[most].kept_by_layer):
-            beside = f"{checkpoint}.distil" if checkpoint else None
-            kept = _over_sparse(by_length[most], dense)
-            told = distillation.distil(module, model.module, given, kept, steps, checkpoint=beside, progress=progress)
+            kept, files = _over_sparse(by_length[most], dense), f"{checkpoint}.distil" if checkpoint else None
+            long = _long_enough(given, tokens, dense_below)
+            told = distillation.distil(module, model.module, long, kept, steps, checkpoint=files, progress=progress)
             for n in by_length:  # the model has moved, and a layer's inputs are now those of a sparse model
                 swap.for_length(module, n)
                 by_length[n] = _calibrated(module, trained.parameters, goal, n)
             swap.set_thetas(module, {n: x.theta for n, x in by_length.items()})
-            distilled = {"distilled": asdict(steps) | {"rows": len(given), "kept": round(told.kept, 4)}}
+            distilled = {"distilled": asdict(steps) | {"rows": len(long), "kept": round(told.kept, 4)}}
         facts = _facts(goal, trained, by_length, most, dense) | distilled
         return model.after("sparsify.dsa", module, facts=facts)
 
@@ -132,6 +132,16 @@ def _install(
     if len(dense) < len(found.kept_by_layer):
         swap.set_thetas(module, {n: x.theta for n, x in by_length.items()})
     return dense
+
+
+def _long_enough(
+    given: list[tuple[torch.Tensor, ...]], tokens: int, dense_below: int
+) -> list[tuple[torch.Tensor, ...]]:
+    """Up to `dense_below` tokens student and teacher are the same."""
+    long = [row for row in given if (tokens or row[0].shape[1]) > dense_below]
+    if not long:
+        raise BadInput(f"distillation needs rows of more than dense_below={dense_below} tokens; give longer texts")
+    return long
 
 
 def _over_sparse(found: scorer.Calibration, dense: set[int]) -> float:

@@ -46,6 +46,13 @@ def novels(data: Path, tokenizer: Any, length: int, count: int) -> list[Any]:
     return _filled(passages, tokenizer, length, count)
 
 
+def varied(data: Path, tokenizer: Any, length: int, count: int) -> list[Any]:
+    """Docstrings and novels in turn: thresholds from one kind of text keep another share of another kind."""
+    ours, others = training(tokenizer, length, count), novels(data, tokenizer, length, count // 2)
+    mixed = [x for pair in zip(ours, others, strict=False) for x in pair]
+    return (mixed + ours[len(others) :])[:count]
+
+
 def _filled(texts: Iterable[str], tokenizer: Any, length: int, count: int) -> list[Any]:
     rows: list[Any] = []
     text = ""

@@ -13,12 +13,14 @@ named in the table and skipped.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,8 @@ sys.path[0] = str(Path(__file__).parents[2])  # not this folder: its operator.py
 
 import torch  # noqa: E402
 
-from edgeformer.attention import patterns, scorer, swap  # noqa: E402
+from edgeformer.attention import distil, op, patterns, scorer, swap  # noqa: E402
+from edgeformer.attention.op import Parameters  # noqa: E402
 from edgeformer.attention.reference import TOP_P, Config  # noqa: E402
 from tools.bench import corpus, long_documents  # noqa: E402
 
@@ -103,7 +106,7 @@ def _hashed(budget: float, probe: Callable[[patterns.Pattern], None]) -> pattern
 
 
 def wanted(name: str, only: str) -> bool:
-    return not only or any(word.strip() in name for word in only.split(","))
+    return not only or any(fnmatch(name, pattern.strip()) for pattern in only.split(","))
 
 
 def fit(
@@ -193,6 +196,65 @@ def encoder(arguments: argparse.Namespace) -> None:
                 "cosine_min": float(cosine.min()),
             }
         )
+    if arguments.distil:
+        texts = corpus.varied(arguments.data, tokenizer, 512, 6 * arguments.train_rows)
+        for budget in arguments.budgets:
+            table.add(_distilled(model, stats, trained.parameters, texts, budget, arguments, rows, want))
+
+
+class _Sentence(torch.nn.Module):
+    """Token ids and mask -> a unit vector a row."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(self.model(ids, mask).last_hidden_state.mean(1), dim=-1)
+
+
+def _distilled(
+    model: Any,
+    stats: scorer.Statistics,
+    p: Parameters,
+    texts: list[Any],
+    budget: float,
+    arguments: argparse.Namespace,
+    rows: list[Any],
+    want: torch.Tensor,
+) -> Entry:
+    """The learned pattern, its model distilled on other text than it is judged on and calibrated again."""
+    config = stats.config
+    model.set_attn_implementation("sdpa")
+    student = copy.deepcopy(model)
+
+    def install(theta: torch.Tensor) -> None:
+        swap.install(student, lambda layer: scorer.one_layer(p._replace(theta=theta), layer.number), config)
+
+    install(scorer.calibrate(stats, p, budget).theta)
+    given = [(x["input_ids"], x["attention_mask"]) for x in texts]
+    recipe = distil.Recipe(steps=arguments.distil)
+    kept_at = arguments.out.with_suffix(f".{budget}.distil")
+    began = time.process_time()
+    told = distil.distil(_Sentence(student), _Sentence(model), given, budget, recipe, checkpoint=kept_at)
+    spent = time.process_time() - began
+    few = texts[: scorer.CALIBRATION_ROWS]
+    install(scorer.calibrate(scorer.collect(student, few, config), p, budget).theta)
+    before = op.counters()
+    with torch.no_grad():
+        cosine = (torch.cat([_Sentence(student)(x["input_ids"], x["attention_mask"]) for x in rows]) * want).sum(-1)
+    after = op.counters()
+    kept = (after.kept - before.kept) / (after.candidates - before.candidates)
+    return {
+        "row": "learned, distilled",
+        "budget": budget,
+        "kept": kept,
+        "cosine_mean": float(cosine.mean()),
+        "cosine_min": float(cosine.min()),
+        "steps": arguments.distil,
+        "steps_now": len(told.losses),
+        "cpu_s_now": round(spent, 1),
+    }
 
 
 # --- decoder ----------------------------------------------------------------------------------------------------------
@@ -251,7 +313,7 @@ def decoder(arguments: argparse.Namespace) -> None:
     config = Config(block_q=64, block_k=64, n_sink=1)
     training = [
         {"input_ids": x["input_ids"], "use_cache": False}
-        for x in corpus.training(tokenizer, tokens, arguments.decoder_train)
+        for x in corpus.varied(arguments.data, tokenizer, tokens, arguments.decoder_train)
     ]
     stats, trained, facts = fit(model, training, config)
     want = loss(model, rows, None)
@@ -323,12 +385,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with squad_v1.1_dev/ and longtech_kep/")
     parser.add_argument("--out", type=Path, default=Path("quality.json"))
     parser.add_argument("--budgets", type=lambda s: [float(x) for x in s.split(",")], default=[0.75, 0.5, 0.25])
-    parser.add_argument("--only", default="", help="words, comma separated: rows whose name holds one of them")
+    parser.add_argument("--only", default="", help="rows: names or shell patterns, comma separated")
     parser.add_argument("--rows", type=int, default=48, help="held-out rows of the encoder table")
     parser.add_argument("--train-rows", type=int, default=100)
+    parser.add_argument("--distil", type=int, default=0, help="steps of joint distillation, a row more a budget")
     parser.add_argument("--decoder", action="store_true", help=f"SmolLM2 instead; needs: {GET_DECODER}")
     parser.add_argument("--decoder-rows", type=int, default=4)
-    parser.add_argument("--decoder-train", type=int, default=5)
+    parser.add_argument("--decoder-train", type=int, default=6)
     parser.add_argument("--longtech", action="store_true", help="MiniLM at 4,096 tokens on LongTech-KEP instead")
     parser.add_argument("--long-train", type=int, default=291)
     parser.add_argument("--long-test", type=int, default=108)
