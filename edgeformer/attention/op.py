@@ -359,11 +359,13 @@ def _attend_backward(
     scale, group = config.scale or q.shape[3] ** -0.5, q.shape[1] // k.shape[1]
     keys, values = (dsa.only_valid(x, kv_len).repeat_interleave(group, 1) for x in (k, v))
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(keys), torch.zeros_like(values)
-    step = _chunk(q, k, config.block_q)
+    step, plain = _chunk(q, k, config.block_q), _only_lists(config, kept, q, k, q_len, kv_len)
     for first in range(0, q.shape[2], step):
         rows = slice(first, first + step)
-        rows_q, rows_grad, mask = q[:, :, rows], grad[:, :, rows], _plain_mask(config, kept, q, k, rows)
-        if config.causal or q_len is not None or kv_len is not None or not kept.any(-1).all():
+        rows_q, rows_grad = q[:, :, rows], grad[:, :, rows]
+        if plain:
+            mask = _plain_mask(config, kept, q, k, rows)
+        else:
             seen = dsa.visible(kept, config, q, k, q_len, kv_len, rows)
             alive = seen.any(-1, keepdim=True)
             rows_q, rows_grad = (torch.where(alive, x, 0.0) for x in (rows_q, rows_grad))
@@ -381,8 +383,14 @@ def _attend_backward(
     return dq.contiguous(), dk.reshape(heads).sum(2), dv.reshape(heads).sum(2)
 
 
+def _only_lists(c: Config, kept: Tensor, q: Tensor, k: Tensor, q_len: Tensor | None, kv_len: Tensor | None) -> bool:
+    """Nothing but the lists decides what a row sees, and every row sees something."""
+    full = all(x is None or bool((x >= n).all()) for x, n in ((q_len, q.shape[2]), (kv_len, k.shape[2])))
+    return full and not c.causal and bool(kept.any(-1).all())
+
+
 def _plain_mask(c: Config, kept: Tensor, q: Tensor, k: Tensor, rows: slice) -> Tensor:
-    """What is added to the logits [B,Hq,rows,Nk] where nothing but the lists decides."""
+    """What is added to the logits, [B,Hq,rows,Nk]."""
     t = torch.arange(q.shape[2])[rows]
     by_block = torch.where(kept[:, :, t // c.block_q], 0.0, -torch.inf).repeat_interleave(
         q.shape[1] // kept.shape[1], 1

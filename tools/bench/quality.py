@@ -4,10 +4,12 @@ What sparse attention costs in quality, against every comparator at the same kep
     python tools/bench/quality.py --data ../shared/data --out quality.json              # MiniLM, 512 tokens
     python tools/bench/quality.py --data ../shared/data --decoder --out decoder.json    # SmolLM2, 2,048 tokens
     python tools/bench/quality.py --data ../shared/data --longtech --out long.json      # MiniLM, 4,096 tokens
+    python tools/bench/quality.py --data ../shared/data --only none --distil 400 --budgets .25     # and then trained
 
-Models are frozen. Scorers, thresholds and static masks come from docstrings of installed Python packages, the figures
-from text of another kind (SQuAD articles and Kubernetes proposals, under --data). What is not installed or not there is
-named in the table and skipped.
+Models are frozen, but for the rows that --distil adds. The figures come from other kinds of text (SQuAD articles and
+Kubernetes proposals, under --data) than scorers, thresholds and static masks: docstrings of installed packages, with
+passages of novels for the decoder and --distil. The long table is of one domain: its scorers saw training documents.
+What is not installed or not there is named in the table and skipped.
 """
 
 from __future__ import annotations
