@@ -18,6 +18,7 @@ from .bundle import Bundle, open_bundle
 from .compare import Comparison, against_prediction, compare
 from .deploy import Measure, deploy, run
 from .errors import EdgeformerError
+from .generate import Generated, generate
 from .link import SshOptions
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Comparison",
     "EdgeformerError",
     "Gate",
+    "Generated",
     "Manifest",
     "Measure",
     "Report",
@@ -34,6 +36,7 @@ __all__ = [
     "build",
     "compare",
     "deploy",
+    "generate",
     "open_bundle",
     "run",
 ]

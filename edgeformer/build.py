@@ -5,50 +5,62 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias, overload
 
 import numpy as np
 
 from edgeformer_agent import cases, wire
 
-from . import device as devices, formats as registry, native, predict, signing
+from . import signing
 from .bundle import AGENT, Bundle, agent_zip, check_place, open_bundle, write
-from .errors import BadInput, BundleRefused, FormatNotYet, UnknownFormat
+from .errors import BadInput, BundleRefused
+from .plan import PRECISIONS, plans
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution
-    from types import ModuleType
 
     import torch
 
-    from .data import Rows
-    from .model import Model
+    from .data import Data, Rows
+    from .model import Model, Source
     from .passes import Pass
-    from .program import Program
+    from .recipe import Recipe
+    from .search import Limits
+    from .workshop import Made
 
-PRECISIONS = {  # what a format's own `PRECISIONS` may name
-    "int8": "int8 weights and embeddings per output channel, activations quantized per call or kept in float",
-    "int4": "int4 weights in groups, int8 embeddings, float activations",
-    "fp16": "fp16 storage and arithmetic, sums in fp32 where the runtime allows it",
-    "fp32": "fp32 throughout",
-}
 ATTENTION = ("auto", "dense", "dsa")
-BLOCK = 64  # tokens a side of a sparse block: the fastest on CPUs
 GOLDEN_ROWS = 3
 GOLDEN_TOKENS = 64  # a self-check must be cheap on the slowest board
-# Other instruction sets round differently. int8: a board's kernels may also saturate where this machine's do not.
-GOLDEN_SIMILARITY = {"fp32": 0.9999, "fp16": 0.999, "int8": 0.98, "int4": 0.98}
 
 Progress = Callable[[str, int, int], None]  # what, done, total
+RecipeSource: TypeAlias = "str | Path | Recipe"
+Targets: TypeAlias = list[str] | tuple[str, ...]
 
 
+# fmt: off
+@overload
+def build(model: Source, target: str, *, data: Data = ..., task: str | None = ..., out: str | Path = ...,
+          precision: str | Sequence[str] | None = ..., passes: Iterable[Pass] = ..., attention: str = ...,
+          budget: float = ..., formats: Sequence[str] | None = ..., gate: wire.Gate | float | None = ...,
+          lengths: Sequence[int] | None = ..., example: tuple[torch.Tensor, ...] | None = ..., name: str | None = ...,
+          version: int | None = ..., expires: str | None = ..., key: str = ..., overwrite: bool = ...,
+          recipe: RecipeSource | None = ..., train: str | Path | None = ..., limits: Limits | None = ...,
+          trials: int = ..., progress: Progress | None = ...) -> Bundle: ...
+@overload
+def build(model: Source, target: Targets, *, data: Data = ..., task: str | None = ..., out: str | Path = ...,
+          precision: str | Sequence[str] | None = ..., passes: Iterable[Pass] = ..., attention: str = ...,
+          budget: float = ..., formats: Sequence[str] | None = ..., gate: wire.Gate | float | None = ...,
+          lengths: Sequence[int] | None = ..., example: tuple[torch.Tensor, ...] | None = ..., name: str | None = ...,
+          version: int | None = ..., expires: str | None = ..., key: str = ..., overwrite: bool = ...,
+          recipe: RecipeSource | None = ..., train: str | Path | None = ..., limits: None = ...,
+          trials: int = ..., progress: Progress | None = ...) -> tuple[Bundle, ...]: ...
+# fmt: on
 def build(
-    model: str | Path | torch.nn.Module | Model,
-    target: str,
+    model: Source,
+    target: str | Targets,
     *,
-    data: str | Path | Sequence[str] | None = None,
+    data: Data = None,
     task: str | None = None,
     out: str | Path = "dist",
     precision: str | Sequence[str] | None = None,
@@ -64,122 +76,87 @@ def build(
     expires: str | None = None,
     key: str = signing.DEFAULT,
     overwrite: bool = False,
+    recipe: RecipeSource | None = None,
+    train: str | Path | None = None,
+    limits: Limits | None = None,
+    trials: int = 20,
     progress: Progress | None = None,
-) -> Bundle:
+) -> Bundle | tuple[Bundle, ...]:
     """
     Optimizes, exports, checks, packages and signs `model` for `target`; the bundle is the folder `out`/NAME-TARGET.
+    With several targets it gives a bundle each: what they share is exported and checked once, and either all are
+    written or none.
 
     model: a Hugging Face folder, a hub id, a `transformers` model, a `Model`, or a module with `example` inputs.
     data, task: what the programs are checked with, see `edgeformer.data.load`; sample texts by default.
     precision: of `PRECISIONS`, one or several; each format's own by default. formats: all of the target's by default.
     attention: "dense", "dsa" (sparse attention that keeps `budget` of the blocks; its scorers are trained on the data),
     or "auto": sparse where the data's rows are long enough that it pays on the device. The manifest says which and why.
+    recipe: passes and settings from a TOML file or by name (see `edgeformer.recipe`); train: what they learn from.
+    limits: what the device must do; with an open recipe, `trials` settings are searched for it (`edgeformer.search`).
     gate: the least share of fp32 that must be kept (see `edgeformer.check.gate`); the manifest records a loosened one.
     lengths: static sequence lengths, up to 512 by default. version: rises by itself with the date and with each change.
     expires: last day of validity, YYYY-MM-DD; by default the end of next year.
-    Raises GateFailed (nothing is packaged), BadInput, UnknownTarget, UnknownFormat, FormatNotYet, MissingExtra.
+    Raises GateFailed, BudgetMissed (nothing is packaged), BadInput, UnknownTarget, UnknownFormat, FormatNotYet, MissingExtra.
     """
     report = progress or (lambda _what, _done, _total: None)
-    device = devices.load(target)
-    chosen = _chosen(device, formats)
+    menu = _menu(recipe, limits, train, target)
+    planned = plans(target, formats, precision or (menu.precision if menu else None) or None)
     if attention not in ATTENTION:
         raise BadInput(f"attention {attention!r} must be one of {', '.join(ATTENTION)}")
     expiry = _expiry(expires)
 
     from . import check, data as rows_of, model as models  # torch from here on
+    from .order import Order, served
+    from .workshop import Workshop
 
-    exporters = [registry.load(name) for name in chosen]
-    wanted_precisions = [_precisions(module, precision) for module in exporters]
     limit = check.gate(gate)
     report("load the model", 0, 1)
     if not isinstance(model, models.Model):
         model = models.load(model, name=name, example=example, lengths=tuple(lengths) if lengths else None)
-    folder = Path(out).absolute() / f"{model.name}-{device.name}"
-    check_place(folder, overwrite)  # again when writing; here, before minutes of work are spent
+    folders = [Path(out).absolute() / f"{model.name}-{plan.device.name}" for plan in planned]
+    for folder in folders:  # again when writing; here, before minutes of work are spent
+        check_place(folder, overwrite)
     rows = rows_of.load(model, data, task)
     model = rows_of.with_task(model, rows)
     report("load the model", 1, 1)
     wanted = check.reference(model, rows.rows, lambda n: report("fp32 reference", n, len(rows.rows)))
+    before = model
     for step in passes:
         model = step(model)
-    model = _attention(model, rows, device, attention, budget, wanted_precisions[0][0], report)
-
-    built: list[_Built] = []
-    total = sum(map(len, wanted_precisions))
-    for module, precisions in zip(exporters, wanted_precisions, strict=True):
-        report("export", len(built), total)
-        for program in module.export(model, device, precisions):
-            built.append(_checked(program, model, rows, wanted, device, limit, report))
-            report("export", len(built), total)
-    manifest = _manifest(model, device.name, built, rows, limit, expiry)
-    contents = _contents(model, built, rows, wanted)
-    report("package and sign", 0, 1)
+    if menu:
+        order = Order(menu, limits, train, data, task, trials, Path(out) / "search", report)
+        model, attention, budget = served(order, model, before, rows, planned[0], attention, budget)
+    if model.tokenizer is not before.tokenizer:  # a pass cut the vocabulary
+        rows = rows_of.load(model, data, task)
+    shop = Workshop(rows, wanted, limit, report)
+    made = []
+    for plan in planned:
+        fitted = shop.fitted(model, plan, attention, budget)
+        built = shop.programs(fitted, plan)
+        manifest = _manifest(fitted, plan.device.name, built, rows, limit, expiry)
+        made.append((manifest, _contents(fitted, built, rows, wanted)))
+    report("package and sign", 0, len(made))
     signer = signing.load(key)
-    bundle = _write(folder, manifest, contents, signer, version, overwrite)
-    report("package and sign", 1, 1)
-    return bundle
+    bundles = []
+    for folder, (manifest, contents) in zip(folders, made, strict=True):
+        bundles.append(_write(folder, manifest, contents, signer, version, overwrite))
+        report("package and sign", len(bundles), len(made))
+    return bundles[0] if isinstance(target, str) else tuple(bundles)
 
 
-def _attention(
-    model: Model, rows: Rows, device: devices.Device, wanted: str, budget: float, precision: str, report: Progress
-) -> Model:
-    """Dense or sparse, and why: a line of the history in either case."""
-    from .attention import choice
-    from .passes import sparsify
+def _menu(recipe: RecipeSource | None, limits: Limits | None, train: object, target: object) -> Recipe | None:
+    """The recipe that was asked for; a search's own where there are limits only."""
+    if limits is not None and not isinstance(target, str):
+        raise BadInput("limits go with one target: another device needs another model")
+    if recipe is None and limits is None:
+        if train is not None:
+            raise BadInput("train is what a recipe's passes learn from; name a recipe, or limits to search for")
+        return None
+    from .recipe import Recipe, load
 
-    tokens = [cases.length(row) for row in rows.rows]
-    gain = choice.gain(model.module, tokens, device, budget, precision, sparsify.DENSE_BELOW)
-    long_enough = max(tokens) >= sparsify.FEWEST_BLOCKS * BLOCK
-    sparse = wanted == "dsa" or (wanted == "auto" and gain >= choice.WORTH and long_enough)
-    why = (
-        f"modelled gain over the data's rows {gain:.2f}, worth it from {choice.WORTH}"
-        if wanted == "auto"
-        else "asked for"
-    )
-    facts = {"chosen": "dsa" if sparse else "dense", "why": why, "modelled_gain": round(gain, 3), "budget": budget}
-    if any(step.name == "sparsify.dsa" for step in model.history):  # a pass of the caller's has decided already
-        return model
-    model = model.after("attention", facts=facts)
-    return sparsify.dsa(rows.rows, budget=budget, block=BLOCK, progress=report)(model) if sparse else model
-
-
-@dataclass(frozen=True)
-class _Built:
-    program: Program
-    entry: wire.Entry
-    outputs: tuple[np.ndarray, ...]
-    libraries: dict[str, Path]
-
-
-def _chosen(device: devices.Device, wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """The formats to build, checked before anything slow starts."""
-    here = registry.names()
-    names = tuple(wanted) if wanted is not None else device.formats
-    for name in names:
-        if name not in (*here, *registry.PLANNED):
-            raise UnknownFormat(name, [*device.formats])
-        if not device.runs(name):
-            raise BadInput(f"{device.name} does not run {name}; it runs {', '.join(device.formats)}")
-        if name not in here:
-            raise FormatNotYet(name, device.name, [f for f in device.formats if f in here])
-    if not names or len(set(names)) != len(names):
-        raise BadInput(f"formats {list(names)} must name at least one format, each once")
-    return names
-
-
-def _precisions(module: ModuleType, wanted: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Those of the wanted precisions that the format has; its own first choice where nothing is wanted."""
-    known = tuple(module.PRECISIONS)
-    if wanted is None:
-        return known[:1]
-    names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
-    if not names or len(set(names)) != len(names) or not set(names) <= set(PRECISIONS):
-        raise BadInput(f"precision {list(names)} must be some of {', '.join(PRECISIONS)}, each once")
-    found = tuple(name for name in names if name in known)
-    if not found:
-        name = module.__name__.rpartition(".")[2]
-        raise BadInput(f"precision {', '.join(names)}: {name} has {', '.join(known)}")
-    return found
+    found = recipe if recipe is not None else "search" if train is None else "search-trained"
+    return found if isinstance(found, Recipe) else load(found)
 
 
 def _expiry(expires: str | None) -> str:
@@ -196,68 +173,8 @@ def _expiry(expires: str | None) -> str:
     return day.isoformat()
 
 
-def _checked(
-    program: Program,
-    model: Model,
-    rows: Rows,
-    wanted: tuple[np.ndarray, ...],
-    device: devices.Device,
-    limit: wire.Gate,
-    report: Progress,
-) -> _Built:
-    """Opens the program with the device's runner, holds it against the gate, and predicts the device."""
-    from . import check
-
-    _fits(program, device)
-    path = f"programs/{program.name}/{program.entry}"
-    libraries = _libraries(program, device)
-    blank = wire.Fidelity("", 0, 0, 0, 0)
-    entry = wire.Entry(
-        name=program.name,
-        format=program.format,
-        precision=program.precision,
-        path=path,
-        size_bytes=program.size_bytes,
-        inputs=program.inputs,
-        outputs=program.outputs,
-        lengths=program.lengths,
-        runtime=program.runtime,
-        needs=program.needs,
-        work=program.work,
-        predicted=wire.Prediction(device.name, 1, wire.Metrics(), 1, 1, ""),
-        checked=blank,
-        golden_similarity=GOLDEN_SIMILARITY[program.precision],
-        libraries={machine: f"native/{machine}/{path.name}" for machine, path in libraries.items()},
-    )
-    total = len(rows.rows)
-    outputs = check.run(program, entry, rows.rows, lambda n: report(f"check {program.name}", n, total))
-    found = check.fidelity(model, outputs, wanted, rows.labels)
-    check.hold(program.name, found, limit)
-    tokens = [cases.length(row) for row in rows.rows]
-    predicted = predict.predict(program.work, program.lengths, tokens, device, accuracy=found.value)
-    return _Built(program, entry._replace(checked=found, predicted=predicted), outputs, libraries)
-
-
-def _libraries(program: Program, device: devices.Device) -> dict[str, Path]:
-    """Machine -> the operator compiled for it. Without glibc the app's own tool chain links the operator."""
-    if not program.sparse or not device.glibc:
-        return {}
-    machine = native.host() if device.name == "host" else f"linux-{device.arch}"
-    return {machine: native.binding(program.format, machine)}
-
-
-def _fits(program: Program, device: devices.Device) -> None:
-    """The floor of the device's system must carry the runtime; a loader's own message would come too late."""
-    floor, needed = device.glibc, program.needs.glibc
-    if floor and needed and [int(n) for n in floor.split(".")] < [int(n) for n in needed.split(".")]:
-        raise BadInput(
-            f"{program.format} on {device.name}: {program.runtime.package} needs glibc {needed}, and its system has "
-            f"{floor} ({device.os}); choose another format with formats=[...]"
-        )
-
-
 def _manifest(
-    model: Model, target: str, built: Sequence[_Built], rows: Rows, limit: wire.Gate, expires: str
+    model: Model, target: str, built: Sequence[Made], rows: Rows, limit: wire.Gate, expires: str
 ) -> wire.Manifest:
     return wire.Manifest(
         schema=wire.MANIFEST_SCHEMA,
@@ -282,7 +199,7 @@ def _installed() -> Distribution:
     return distribution("edgeformer")
 
 
-def _step(built: _Built) -> wire.Step:
+def _step(built: Made) -> wire.Step:
     """What the exporter did, and what it cost and kept."""
     entry = built.entry
     return wire.Step(
@@ -298,7 +215,7 @@ def _step(built: _Built) -> wire.Step:
 
 
 def _contents(
-    model: Model, built: Sequence[_Built], rows: Rows, wanted: tuple[np.ndarray, ...]
+    model: Model, built: Sequence[Made], rows: Rows, wanted: tuple[np.ndarray, ...]
 ) -> dict[str, bytes | Path]:
     """Every file of the bundle but the manifest, its signature and the agent."""
     contents: dict[str, bytes | Path] = dict(model.files or {})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +46,17 @@ def reference(model: Model, rows: Sequence[Row], progress: Callable[[int], None]
     return tuple(outputs)
 
 
+@contextmanager
+def opened(program: Program) -> Iterator[str]:
+    """The program as files, and the path of the one that a runner opens."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in program.files.items():
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        yield str(Path(folder) / program.entry)
+
+
 def run(
     program: Program, entry: wire.Entry, rows: Sequence[Row], progress: Callable[[int], None]
 ) -> tuple[np.ndarray, ...]:
@@ -51,12 +64,10 @@ def run(
     The program's output for every row, by the runner that devices use. Raises ExportError where it fails, GateFailed
     where a value is not finite: no mean over the other rows may hide it.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in program.files.items():
-            (Path(folder) / name).write_bytes(content)
+    with opened(program) as path:
         outputs = []
         try:
-            step = runners.load(program.format).load(str(Path(folder) / program.entry), entry, 1)
+            step = runners.load(program.format).load(path, entry, 1)
             for done, row in enumerate(rows, 1):
                 outputs.append(np.asarray(step(row)))
                 progress(done)
@@ -93,7 +104,7 @@ def hold(name: str, found: wire.Fidelity, limit: wire.Gate) -> None:
 
 
 def fidelity(
-    model: Model, outputs: Sequence[np.ndarray], wanted: Sequence[np.ndarray], labels: np.ndarray | None
+    model: Model, outputs: Sequence[np.ndarray], wanted: Sequence[np.ndarray], labels: Sequence[Any] | None
 ) -> wire.Fidelity:
     return score.fidelity(model.task, outputs, wanted, labels)
 

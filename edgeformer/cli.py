@@ -19,7 +19,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -144,7 +152,8 @@ def _quiet(screen: Screen) -> Iterator[None]:
 @contextlib.contextmanager
 def _bars(screen: Screen) -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each step, on stderr; on something that is no terminal, a line when a step ends."""
-    columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
+    texts = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn())
+    columns = (*texts, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     tasks: dict[str, TaskID] = {}
     finished: set[str] = set()
     with Progress(*columns, console=screen.err, disable=not screen.err.is_terminal) as progress:
@@ -164,11 +173,19 @@ def _bars(screen: Screen) -> Iterator[Callable[[str, int, int], None]]:
 def build(
     context: typer.Context,
     model: Annotated[str, typer.Option("--model", "-m", help="A Hugging Face folder or a hub id (org/name).")],
-    target: Annotated[str, typer.Option("--target", "-t", help="A target's name; see `edgeformer targets`.")],
+    target: Annotated[
+        list[str], typer.Option("--target", "-t", help="A target's name, see `edgeformer targets`; repeatable.")
+    ],
     data: Annotated[
-        str | None, typer.Option(help="What to check with: .txt (a text a line), .tsv with --task, .npz.")
+        str | None, typer.Option(help="What to check with: .txt (a text a line), .npz, a labelled file with --task.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="What a .tsv holds: classification, sst2, similarity, stsb.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="What a labelled file holds: classification, sst2, similarity, stsb (.tsv), squad (.json), lambada "
+            "(.jsonl), tokens (.tsv, .jsonl)."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the bundle's folder goes.")] = Path("dist"),
     precision: Annotated[
         list[str] | None,
@@ -203,29 +220,78 @@ def build(
     as_json: Json = False,
 ) -> None:
     """
-    Optimize, export, check, package and sign a model for a target.
+    Optimize, export, check, package and sign a model for one target or several.
 
     Every program is opened with the runner its device uses and held against fp32 PyTorch; one that loses more than the
     gate allows stops the build with exit code 1, and nothing is written.
 
-    [dim]edgeformer build --model ./my-model --target raspberry-pi-4 --data texts.txt[/]
+    With several, --json prints a list of documents.
+
+    [dim]edgeformer build --model ./my-model --target raspberry-pi-4 --target pixel-7 --data texts.txt[/]
     """
     from .build import build as run_build
     from .summary import table, to_json
 
     screen: Screen = context.obj
     with _bars(screen) as progress, _quiet(screen):
-        bundle = run_build(
+        bundles = run_build(
             model, target, data=data, task=task, out=out, precision=precision or None, formats=format, gate=gate,
             attention=attention, budget=budget,
             lengths=length, name=name, version=bundle_version, expires=expires, key=key, overwrite=overwrite,
             progress=progress,
         )  # fmt: skip
     if as_json:
-        _document(screen, to_json(bundle.manifest, ()))
+        documents = [to_json(bundle.manifest, ()).rstrip() for bundle in bundles]
+        _document(screen, documents[0] if len(documents) == 1 else "[\n" + ",\n".join(documents) + "\n]")
         return
-    screen.err.print(table(bundle.manifest, ()))
-    screen.out.print(str(bundle.path), soft_wrap=True)
+    for bundle in bundles:
+        screen.err.print(table(bundle.manifest, ()))
+        screen.out.print(str(bundle.path), soft_wrap=True)
+
+
+@app.command()
+def parity(
+    context: typer.Context,
+    model: Annotated[str, typer.Option("--model", "-m", help="A Hugging Face folder or a hub id (org/name).")],
+    format: Annotated[
+        list[str] | None, typer.Option(help="Only this format; repeatable. [dim]\\[default: all][/]")
+    ] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="Repeatable. [dim]\\[default: the format's own][/]")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="What to compare on, as for build.")] = None,
+    task: Annotated[str | None, typer.Option(help="What a .tsv holds, as for build.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Sparse attention that keeps this share of blocks. [dim]\\[default: dense][/]")
+    ] = None,
+    layers: Annotated[bool, typer.Option(help="Compare after each layer too, at the price of a second export.")] = True,
+    length: Annotated[list[int] | None, typer.Option(help="A static sequence length; repeatable.")] = None,
+    out: Out = None, html: Html = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """
+    Build one model in every format, open each program with its runner, and print how close each comes to PyTorch.
+
+    Exit code 1 where a format fails; the others are shown all the same.
+    """
+    screen: Screen = context.obj
+    with _bars(screen) as progress, _quiet(screen):
+        from .matrix import page, table
+        from .parity import parity as run_parity
+
+        found = run_parity(
+            model, formats=format, precision=precision, data=data, task=task, budget=budget, layers=layers,
+            lengths=length, progress=progress,
+        )  # fmt: skip
+    if out:
+        _save(out, found.to_json().encode())
+    if html:
+        _save(html, page(found).encode())
+    if as_json:
+        _document(screen, found.to_json())
+    else:
+        screen.out.print(table(found))
+    if not found.whole:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -267,6 +333,35 @@ def run(
     with _bars(screen) as progress:
         report = run_here(opened, measure=measure, keys=key, report_progress=progress)
     _reported(screen, opened, report, out, html, as_json)
+
+
+@app.command()
+def generate(
+    context: typer.Context,
+    bundle: BundlePath,
+    prompt: Annotated[str, typer.Argument(help="A text; - reads it from stdin.")],
+    most: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to add at most.")] = 64,
+    program: Annotated[str | None, typer.Option("--program", help="This program, not the first that can.")] = None,
+    threads: Threads = None,
+    key: Keys = None,
+    as_json: Json = False,
+) -> None:
+    """
+    Let a decoder's bundle continue a text on this machine: the likeliest token, again and again.
+
+    [dim]edgeformer generate dist/smollm2-raspberry-pi-4 "The capital of France is" --max-new-tokens 8[/]
+    """
+    from .generate import generate as run_generate
+
+    screen, opened = context.obj, _open(bundle)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    found = run_generate(opened, text, max_new_tokens=most, program=program, threads=threads or 1, keys=key)
+    if as_json:
+        _document(screen, json.dumps(dataclasses.asdict(found), indent=1))
+        return
+    screen.out.print(found.text, markup=False, soft_wrap=True)
+    further = "" if found.next_ms is None else f", {found.next_ms:.1f} ms a further token"
+    screen.err.print(f"{found.program}: first token {found.first_ms:.1f} ms{further}", style="dim")
 
 
 @app.command()

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,16 +23,24 @@ from edgeformer_agent import wire
 from edgeformer_agent.cases import Row
 
 from .errors import BadInput
+from .labelled import READERS, thin
 from .model import Model
 
 MAX_ROWS = 1000  # more rows are thinned evenly: a device measures all of them
+REFERENCE_BYTES = 32 << 20  # fp32 outputs travel with a bundle: a large vocabulary means few rows
 SYNTHETIC_ROWS = 32
-TASKS = {  # what a labelled file holds: how many texts a row, then a label
+TABLES = {  # tasks whose file is a table: how many texts a row, then a label
     "classification": 1,
+    "cola": 1,
+    "longtech": 1,
     "sst2": 1,
     "similarity": 2,
     "stsb": 2,
 }
+TASKS = {**dict.fromkeys(TABLES, ".tsv"), "longtech": ".jsonl", "squad": ".json", "lambada": ".jsonl"}
+TASKS["tokens"] = ".tsv or .jsonl"
+METRICS = {"cola": "mcc"}  # where it is not accuracy or rank correlation
+Data = str | Path | Sequence[str] | None  # a file, texts, or samples of the package
 
 
 @dataclass(frozen=True)
@@ -40,39 +49,61 @@ class Rows:
 
     rows: tuple[Row, ...]
     source: str  # what they are, with a digest: never a path
-    labels: np.ndarray | None = None
+    labels: Sequence[Any] | None = None  # numbers, or arrays (see `score.metric`)
     task: wire.Task | None = None  # the model's task, with its metric
 
 
-def load(model: Model, data: str | Path | Sequence[str] | None, task: str | None, *, most: int = MAX_ROWS) -> Rows:
+def load(model: Model, data: Data, task: str | None, *, most: int = MAX_ROWS) -> Rows:
     """
-    `data`: a .txt (one text a line), a .tsv with `task` (texts, then a label, a header line or none), a .npz (an
-    array of rows for each input), texts, or None (a sample that comes with the package; noise for models without
+    `data`: a .txt (one text a line), a labelled file with its `task` (of TASKS: a .tsv of texts, then a label, with a
+    header line or none; CoLA and LongTech as their authors publish them; or what `edgeformer.labelled` reads), a .npz
+    (an array of rows for each input), texts, or None (a sample that comes with the package; noise for models without
     text). Rows longer than the model's limit are cut. Raises BadInput.
     """
     if task is not None and task not in TASKS:
         raise BadInput(f"no task {task!r}; known: {', '.join(sorted(TASKS))}")
+    if model.task.kind == "next_token":
+        most = max(1, min(most, REFERENCE_BYTES // (4 * model.output.shape[1])))
+    labelled = f"task {task!r} needs labelled data: a {TASKS[task]} file" if task else ""
     if data is not None and not isinstance(data, str | Path):
         if task is not None:
-            raise BadInput(f"task {task!r} needs labelled data: a .tsv file, not texts alone")
+            raise BadInput(f"{labelled}, not texts alone")
         return _unlabelled(model, list(data), "texts given by the caller", most)
     path = Path(data).expanduser() if data is not None else None
     if path is not None and not path.is_file():
         raise BadInput(f"no file {str(data)!r} to check the programs with")
     if path is not None and path.suffix == ".npz":
         if task is not None:
-            raise BadInput(f"task {task!r} needs labelled data: a .tsv file; {path.name} holds inputs alone")
+            raise BadInput(f"{labelled}; {path.name} holds inputs alone")
         return _arrays(model, path, most)
     if task is not None:
         if path is None:
-            raise BadInput(f"task {task!r} needs labelled data: a .tsv file")
-        return _labelled(model, path, task, most)
+            raise BadInput(labelled)
+        return _labelled(model, path, task, most) if task in TABLES else _read(model, path, task, most)
     if path is not None:
         return _unlabelled(model, _lines(path), _named(path), most)
     if model.tokenizer is None:
         return _synthetic(model)
     sample = files("edgeformer") / "texts.txt"
     return _unlabelled(model, sample.read_text("utf-8").splitlines(), "sample texts of the package", most)
+
+
+class Texts(NamedTuple):
+    """What a model learns from: texts, and a label each where the file has them."""
+
+    texts: tuple[str, ...]
+    labels: tuple[float, ...] | None
+
+
+def texts(path: str | Path, task: str | None) -> Texts:
+    """All texts of a file: a line each, or the first text of each row of a table with its `task`. Raises BadInput."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise BadInput(f"no file {str(path)!r} to learn from")
+    if task is None or task not in TABLES:
+        return Texts(tuple(line for line in _lines(path) if line.strip()), None)
+    rows = [row for _, row in _rows(path, task)]
+    return Texts(tuple(row[0] for row in rows), tuple(float(row[-1]) for row in rows))
 
 
 def _lines(path: Path) -> list[str]:
@@ -83,19 +114,48 @@ def _lines(path: Path) -> list[str]:
 
 
 def _unlabelled(model: Model, texts: list[str], source: str, most: int) -> Rows:
-    texts = _thin([text for text in texts if text.strip()], most)
+    texts = thin([text for text in texts if text.strip()], most)
     if not texts:
         raise BadInput(f"{source}: no text in it; one a line is expected")
     return Rows(tuple(_tokenize(model, text) for text in texts), source)
 
 
-def _labelled(model: Model, path: Path, task: str, most: int) -> Rows:
-    columns = TASKS[task] + 1
+def _read(model: Model, path: Path, task: str, most: int) -> Rows:
+    kind, reader = READERS[task]
+    if model.task.kind != kind:
+        raise _unfit(model, task)
+    lines = _lines(path)
+    if not any(line.strip() for line in lines):
+        raise BadInput(f"{path.name} holds no rows")
     try:
-        reader = csv.reader(_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE)
-        numbered = [(reader.line_num, row) for row in reader if row]
-    except csv.Error as error:
-        raise BadInput(f"{path.name} is not a table of tab-separated texts: {error}") from error
+        judged = reader(model, lines, most)
+    except BadInput as error:
+        raise BadInput(f"{path.name}: {error}") from error
+    if not judged.rows:
+        raise BadInput(f"{path.name} holds no rows")
+    return Rows(judged.rows, _named(path), judged.labels, judged.task)
+
+
+def _unfit(model: Model, task: str) -> BadInput:
+    kind = model.task.kind.replace("_", " ")
+    return BadInput(f"task {task!r} does not go with a model whose output is {model.output.name} ({kind})")
+
+
+def _labelled(model: Model, path: Path, task: str, most: int) -> Rows:
+    table = thin([row for _, row in _rows(path, task)], most)
+    if not table:
+        raise BadInput(f"{path.name} holds no rows")
+    labels: Any = np.asarray([float(row[-1]) for row in table], np.float32)
+    rows, judged = _judged(model, table, labels, task)
+    return Rows(rows, _named(path), labels, judged)
+
+
+def _rows(path: Path, task: str) -> list[tuple[int, list[str]]]:
+    """Line numbers and rows: the task's texts, then its label."""
+    columns = TABLES[task] + 1
+    numbered = _longtech(path) if task == "longtech" else _table(path)
+    if task == "cola":  # source, label, the author's mark, sentence
+        numbered = [(line, [row[3], row[1]] if len(row) == 4 else row) for line, row in numbered]
     if numbered and not _is_number(numbered[0][1][-1]):
         numbered = numbered[1:]  # a header
     for line, row in numbered:
@@ -103,29 +163,49 @@ def _labelled(model: Model, path: Path, task: str, most: int) -> Rows:
             raise BadInput(
                 f"{path.name}, line {line}: task {task!r} needs {columns - 1} text column(s) and a number, got {row}"
             )
-    table = _thin([row for _, row in numbered], most)
-    if not table:
-        raise BadInput(f"{path.name} holds no rows")
-    labels = np.asarray([float(row[-1]) for row in table], np.float32)
-    rows, judged = _judged(model, table, labels, task)
-    return Rows(rows, _named(path), labels, judged)
+    return numbered
+
+
+def _table(path: Path) -> list[tuple[int, list[str]]]:
+    """Line numbers and columns."""
+    try:
+        reader = csv.reader(_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE)
+        return [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise BadInput(f"{path.name} is not a table of tab-separated texts: {error}") from error
+
+
+def _longtech(path: Path) -> list[tuple[int, list[str]]]:
+    """One document a line, as JSON with `text` and the number of its class, `y`."""
+    made = []
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            said = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            raise BadInput(f"{path.name}, line {number}: not JSON: {error}") from error
+        if said is not None and not (isinstance(said, dict) and {"text", "y"} <= said.keys()):
+            raise BadInput(f"{path.name}, line {number}: an object with text and y is needed")
+        if said is not None:
+            made.append((number, [str(said["text"]), str(said["y"])]))
+    return made
 
 
 def _judged(model: Model, table: list[list[str]], labels: np.ndarray, task: str) -> tuple[tuple[Row, ...], wire.Task]:
     """How this model answers this task: by its head, or by the cosine of two embeddings."""
     kind = model.task.kind
-    if TASKS[task] == 1 and kind == "classification":
+    if TABLES[task] == 1 and kind == "classification":
         if (labels != labels.round()).any() or labels.min() < 0 or labels.max() >= len(model.task.labels):
             raise BadInput(
                 f"labels {labels.min():g}..{labels.max():g} do not fit a head with {len(model.task.labels)} classes"
             )
-        return tuple(_tokenize(model, row[0]) for row in table), model.task._replace(metric="accuracy")
-    if TASKS[task] == 2 and kind == "regression":
+        judged = model.task._replace(metric=METRICS.get(task, "accuracy"))
+        return tuple(_tokenize(model, row[0]) for row in table), judged
+    if TABLES[task] == 2 and kind == "regression":
         return tuple(_tokenize(model, *row[:2]) for row in table), model.task._replace(metric="spearman")
-    if TASKS[task] == 2 and kind == "embedding":
+    if TABLES[task] == 2 and kind == "embedding":
         rows = tuple(_tokenize(model, text) for row in table for text in row[:2])
         return rows, model.task._replace(metric="spearman", paired=True)
-    raise BadInput(f"task {task!r} does not go with a model whose output is {model.output.name} ({kind})")
+    raise _unfit(model, task)
 
 
 def _tokenize(model: Model, text: str, pair: str | None = None) -> Row:
@@ -167,7 +247,7 @@ def _arrays(model: Model, path: Path, most: int) -> Rows:
     counts = {name: len(a) for name, a in arrays.items()}
     if len(set(counts.values())) != 1 or not all(counts.values()):
         raise BadInput(f"{path.name}: every input needs the same number of rows, at least one, got {counts}")
-    picked = _thin(list(range(min(counts.values()))), most)
+    picked = thin(list(range(min(counts.values()))), most)
     return Rows(tuple({name: a[i] for name, a in arrays.items()} for i in picked), _named(path))
 
 
@@ -186,13 +266,6 @@ def _synthetic(model: Model) -> Rows:
         return (np.ones if x.name == "attention_mask" else np.zeros)(shape, x.dtype)
 
     return Rows(tuple({x.name: one(x, int(n)) for x in model.inputs} for n in lengths), "synthetic noise, seed 0")
-
-
-def _thin(items: list[Any], most: int) -> list[Any]:
-    """At most `most` of them, evenly spread."""
-    if len(items) <= most:
-        return items
-    return [items[i * len(items) // most] for i in range(most)]
 
 
 def _named(path: Path) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 
@@ -28,7 +30,7 @@ def examine() -> tuple[Finding, ...]:
 
 
 def _formats() -> list[Finding]:
-    found = [_extra("format", name, f"build and run {name}") for name in formats.names()]
+    found = [_extra("format", name, f"build and check {name}") for name in formats.names()]
     unrunnable = sorted(set(formats.names()) - set(runners.names()))
     return found + [Finding("format", name, False, "has no runner in the agent") for name in unrunnable]
 
@@ -67,16 +69,38 @@ def _packages(extra: str) -> list[str]:
 
 
 def _targets() -> list[Finding]:
-    built = set(formats.names())
-    found = []
-    for name in device.names():
-        wanted = device.load(name).formats
-        now, later = [f for f in wanted if f in built], [f for f in wanted if f not in built]
-        says = "; ".join(
-            [f"builds {', '.join(now)}"] * bool(now) + [f"{', '.join(later)} in a later version"] * bool(later)
-        )
-        found.append(Finding("target", name, bool(now), says))
-    return found
+    return [_target(name) for name in device.names()]
+
+
+def _target(name: str) -> Finding:
+    """Formats of the target that can be built here, what else its programs need on this side, and what is lacking."""
+    wanted = device.load(name)
+    formats_here = {x.name: x for x in _formats()}
+    ready = [f for f in wanted.formats if f in formats_here and formats_here[f].ok]
+    lacking = [formats_here[f] for f in wanted.formats if f in formats_here and not formats_here[f].ok]
+    later = [f for f in wanted.formats if f not in formats_here]
+    tools = [tool for tool in _tools(wanted) if not tool.ok]
+    says = [f"builds {', '.join(ready)}"] * bool(ready)
+    says += [f"not {', '.join(x.name for x in lacking)}"] * bool(lacking)
+    says += [f"{', '.join(later)} in a later version"] * bool(later)
+    says += [tool.says for tool in tools]
+    fixes = [x.fix for x in (*lacking, *tools) if x.fix]
+    return Finding("target", name, bool(ready), "; ".join(says), " && ".join(dict.fromkeys(fixes)) or None)
+
+
+def _tools(wanted: device.Device) -> list[Finding]:
+    """What reaching the device, or linking our operator into its app, takes on this machine."""
+    if wanted.android_api:
+        ndk = any(os.environ.get(name) for name in ("ANDROID_NDK_HOME", "ANDROID_NDK_ROOT"))
+        no_ndk = Finding("tool", "ndk", ndk, "no Android NDK (ANDROID_NDK_HOME) to link the operator into an app")
+        return [_command("adb", "no adb to reach the phone", "apt-get install adb"), no_ndk]
+    if wanted.ios:
+        return [_command("xcodebuild", "no Xcode: the app in devices/ios is compiled on a Mac", None)]
+    return [] if wanted.name == "host" else [_extra("link", "ssh", "deploy over SSH")]
+
+
+def _command(name: str, says: str, fix: str | None) -> Finding:
+    return Finding("tool", name, shutil.which(name) is not None, says, fix)
 
 
 def _keys() -> Finding:

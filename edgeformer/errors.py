@@ -41,6 +41,10 @@ class GateFailed(CheckFailed):
     """A measured value is beyond its limit. The message names the gate, the value and the limit."""
 
 
+class BudgetMissed(CheckFailed):
+    """No program found meets the limits. The message names them and what came nearest."""
+
+
 class BundleRefused(CheckFailed):
     """A bundle is not what was signed. The message names the file that differs and how."""
 

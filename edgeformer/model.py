@@ -32,14 +32,19 @@ STATIC_LENGTHS = (32, 64, 128, 256, 512)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "merges.txt")
 MAX_NAME = 64  # the name is part of folder names, which systems limit to 255 bytes
 HUB_FILES = ("*.json", "*.txt", "*.safetensors", "LICENSE*", "NOTICE*", "1_Pooling/*")
-_HEADS = {
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForImageClassification": "AutoModelForImageClassification",
-    "Model": "AutoModel",
-    "ForMaskedLM": "AutoModel",
-    "ForPreTraining": "AutoModel",
-    "ForMaskedImageModeling": "AutoModel",
+_HEADS = {  # end of the architecture's name -> what of transformers loads it, and the task's kind
+    "ForSequenceClassification": ("AutoModelForSequenceClassification", "classification"),
+    "ForImageClassification": ("AutoModelForImageClassification", "classification"),
+    "ForTokenClassification": ("AutoModelForTokenClassification", "token_classification"),
+    "ForQuestionAnswering": ("AutoModelForQuestionAnswering", "question_answering"),
+    "ForCausalLM": ("AutoModelForCausalLM", "next_token"),
+    "LMHeadModel": ("AutoModelForCausalLM", "next_token"),
+    "Model": ("AutoModel", "embedding"),
+    "ForMaskedLM": ("AutoModel", "embedding"),
+    "ForPreTraining": ("AutoModel", "embedding"),
+    "ForMaskedImageModeling": ("AutoModel", "embedding"),
 }
+_PER_TOKEN = ("token_classification", "question_answering")  # an output a token: the second axis is the sequence
 _POOLINGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
@@ -48,6 +53,7 @@ _POOLINGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+_TAKE = {"classification": "logits", "token_classification": "logits", "question_answering": "span"}
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -57,6 +63,8 @@ class Model:
     module: positional tensors in the order of `inputs` -> one tensor whose first axis is the batch.
     inputs, output: -1 in a shape is the batch (first axis) or the sequence.
     lengths: static sequence lengths for formats that need them; () where no input has a sequence.
+    past: of a decoder, the keys and values of the tokens before: one more input, with which the module also returns
+    those of the new tokens, for formats that generate. None where there are none.
     files: tokenizer and licence files that travel with the model, by name.
     """
 
@@ -66,6 +74,7 @@ class Model:
     output: wire.Tensor
     task: wire.Task
     lengths: tuple[int, ...] = ()
+    past: wire.Tensor | None = None
     tokenizer: Any = None
     files: Mapping[str, bytes] | None = None
     history: tuple[wire.Step, ...] = ()
@@ -92,6 +101,9 @@ class Model:
             )
             for x in self.inputs
         )
+
+
+Source = str | Path | torch.nn.Module | Model  # what `build` takes
 
 
 def load(
@@ -153,7 +165,7 @@ def _from_folder(folder: Path, name: str) -> Model:
     try:
         # Code that came with a model is never run, nor asked about on the terminal.
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        loader = getattr(transformers, _head((getattr(config, "architectures", None) or ["Model"])[0]))
+        loader = getattr(transformers, _head((getattr(config, "architectures", None) or ["Model"])[0])[0])
         module, found = loader.from_pretrained(
             folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
@@ -174,11 +186,11 @@ def _from_folder(folder: Path, name: str) -> Model:
     return _from_transformers(module, name, tokenizer, files, pooling)
 
 
-def _head(architecture: str) -> str:
-    """The class of transformers that loads it. Raises BadInput where its output has no meaning here."""
-    for suffix, loader in _HEADS.items():
+def _head(architecture: str) -> tuple[str, str]:
+    """The class of transformers that loads it, and its task. Raises BadInput where its output has no meaning here."""
+    for suffix, head in _HEADS.items():
         if architecture.endswith(suffix):
-            return loader
+            return head
     raise BadInput(f"{architecture}: this version builds {', '.join(_HEADS)} heads")
 
 
@@ -202,24 +214,31 @@ def _pooling(folder: Path) -> str:
 
 def _from_transformers(module: Any, name: str | None, tokenizer: Any, files: dict[str, bytes], pooling: str) -> Model:
     """Asks the module: which inputs its forward takes, how many positions it has, whether it has a head."""
-    with_logits = "For" in type(module).__name__ and _head(type(module).__name__) != "AutoModel"
-    module = copy.deepcopy(module if with_logits else module.base_model).float().cpu().eval()
+    architecture = type(module).__name__
+    known = "For" in architecture or architecture.endswith("LMHeadModel")
+    kind = _head(architecture)[1] if known else "embedding"
+    module = copy.deepcopy(module.base_model if kind == "embedding" else module).float().cpu().eval()
     # Eager attention exports as plain matrix products and one softmax; the fused forms decompose into more operators.
     module.set_attn_implementation("eager")
     config = module.config
     inputs = _image_inputs(config) if module.main_input_name == "pixel_values" else _text_inputs(module, tokenizer)
-    wrapped = _OneOutput(module, tuple(x.name for x in inputs), "logits" if with_logits else pooling)
-    task = _task(config) if with_logits else wire.Task("embedding")
+    names = tuple(x.name for x in inputs)
+    wrapped = _NextToken(module) if kind == "next_token" else _OneOutput(module, names, _TAKE.get(kind, pooling))
     model = Model(
-        name=_slug(name or getattr(config, "_name_or_path", "") or type(module).__name__),
+        name=_slug(name or getattr(config, "_name_or_path", "") or architecture),
         module=wrapped.eval(),
         inputs=inputs,
-        output=wire.Tensor("logits" if with_logits else "sentence_embedding", "float32", (-1, -1)),
-        task=task,
+        output=wire.Tensor("sentence_embedding" if kind == "embedding" else "logits", "float32", (-1, -1)),
+        task=_task(config, kind),
         tokenizer=tokenizer,
         files=files,
         lengths=(_positions(module),) if inputs[0].name == "input_ids" else (),
+        past=_past(wrapped) if isinstance(wrapped, _NextToken) else None,
     )
+    with torch.no_grad():
+        shape = model.module(*model.example(4)).shape
+    sizes = (-1, *shape[2:]) if kind in _PER_TOKEN else shape[1:]
+    model = replace(model, output=model.output._replace(shape=(-1, *sizes)))
     return _described(model, type(module).__name__)
 
 
@@ -240,7 +259,7 @@ def _from_module(
         name=_slug(name or type(module).__name__),
         module=_OneOutput(copy.deepcopy(module).cpu().eval(), None if positional else tuple(named), "first"),
         inputs=inputs,
-        output=wire.Tensor("output", "float32", (-1, -1)),
+        output=wire.Tensor("output", "float32", (-1,)),
         task=wire.Task("embedding"),
         files={},
     )
@@ -249,11 +268,12 @@ def _from_module(
     if not isinstance(output, torch.Tensor) or output.shape[:1] != (1,) or not output.is_floating_point():
         said = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise BadInput(f"{type(module).__name__} must return floats with the batch axis first, got {said}")
+    model = replace(model, output=model.output._replace(shape=(-1, *output.shape[1:])))
     return _described(model, type(module).__name__)
 
 
 class _OneOutput(torch.nn.Module):
-    """Positional tensors in, one tensor out: the head's logits, or one unit vector a row."""
+    """Positional tensors in, one tensor out: the head's logits (start and end of a span), or one unit vector a row."""
 
     def __init__(self, module: torch.nn.Module, names: tuple[str, ...] | None, take: str) -> None:
         super().__init__()
@@ -265,12 +285,68 @@ class _OneOutput(torch.nn.Module):
         if self.take == "logits":
             logits: torch.Tensor = output.logits
             return logits
+        if self.take == "span":
+            return torch.stack((output.start_logits, output.end_logits), -1)
         if self.take == "first":
             values = output.values() if isinstance(output, dict) else output
             return output if isinstance(output, torch.Tensor) else next(iter(values))
         hidden = output.last_hidden_state
         vector = hidden[:, 0] if self.take == "cls" else _mean(hidden, named.get("attention_mask"))
         return torch.nn.functional.normalize(vector, dim=-1)
+
+
+class _NextToken(torch.nn.Module):
+    """
+    A decoder: (ids, mask), padded on the right -> logits [batch, vocabulary] of the token after the last valid one.
+
+    With `past` [batch, 2 * layers, kv heads, tokens before, head size] (keys and values of each layer in turn) it
+    returns those of the new tokens as well, in the same layout.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        input_ids, attention_mask, *given = tensors
+        past = given[0] if given else None
+        options: dict[str, Any] = {"use_cache": False}
+        # The same rows for all of a batch, then each its own: a program runs batches of one, and the model's own code
+        # knows what stands between the last layer and the logits.
+        last = attention_mask.sum(-1) - 1
+        if past is not None:
+            before = torch.ones(past.shape[0], past.shape[3], dtype=attention_mask.dtype)
+            attention_mask = torch.cat((before, attention_mask), 1)
+            options = {"use_cache": True, "past_key_values": _cache(past)}
+        output = self.module(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=last, **options)
+        logits: torch.Tensor = torch.diagonal(output.logits, dim1=0, dim2=1).T
+        if past is None:
+            return logits
+        layers = output.past_key_values.layers
+        new = [x[:, :, past.shape[3] :] for layer in layers for x in (layer.keys, layer.values)]
+        return logits, torch.stack(new, 1)
+
+
+def _cache(past: torch.Tensor) -> Any:
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for layer in range(past.shape[1] // 2):
+        cache.update(past[:, 2 * layer], past[:, 2 * layer + 1], layer)
+    return cache
+
+
+def _past(decoder: _NextToken) -> wire.Tensor | None:
+    """What it keeps of a token; None where that is not a key and a value for each token, equal in all layers."""
+    ids = torch.ones(1, 2, dtype=torch.int32)
+    with torch.no_grad():
+        cache = decoder.module(input_ids=ids, use_cache=True).past_key_values
+    layers = getattr(cache, "layers", [])
+    shapes = {tuple(getattr(layer, name).shape) for layer in layers for name in ("keys", "values")}
+    if len(shapes) != 1 or {type(layer).__name__ for layer in layers} != {"DynamicLayer"}:
+        return None
+    _, heads, _, dim = shapes.pop()
+    return wire.Tensor("past", "float32", (-1, 2 * len(layers), heads, -1, dim))
 
 
 def _mean(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -309,10 +385,12 @@ def _positions(module: torch.nn.Module) -> int:
     return limit
 
 
-def _task(config: Any) -> wire.Task:
-    if config.num_labels == 1 or getattr(config, "problem_type", None) == "regression":
+def _task(config: Any, kind: str) -> wire.Task:
+    if kind not in ("classification", "token_classification"):
+        return wire.Task(kind)
+    if kind == "classification" and (config.num_labels == 1 or getattr(config, "problem_type", None) == "regression"):
         return wire.Task("regression")
-    return wire.Task("classification", labels=tuple(str(config.id2label[i]) for i in range(config.num_labels)))
+    return wire.Task(kind, labels=tuple(str(config.id2label[i]) for i in range(config.num_labels)))
 
 
 def _with_lengths(model: Model, lengths: tuple[int, ...] | None) -> Model:

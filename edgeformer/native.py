@@ -15,7 +15,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +42,25 @@ FLAGS = ["-std=c11", "-O3", "-fPIC", "-Wall", "-Wextra", "-Werror", "-fvisibilit
 CORE = ("dsa", "dispatch", "cpu")
 # A binding uses no C++ library: the runtime that loads it may carry another one.
 BINDING_FLAGS = [f for f in FLAGS if f != "-std=c11"] + ["-std=c++17", "-fno-exceptions", "-fno-rtti"]
+RUNNER = "edgeformer_runner"
+EXECUTORCH = "1.5.1"  # of the wheel that is fetched for other machines than this one
+# A wheel is a C++ SDK too: headers and libraries, the same for every Python. Their digests pin what is linked and shipped.
+WHEELS = {
+    "linux-aarch64": ("manylinux_2_28_aarch64", "8ee02348a3ea80ddf770822911ebf78da616b73afce0fbaaa79f23311c88c66a"),
+}
+# The definitions must be those that the wheel's own libraries were built with.
+EXECUTORCH_FLAGS = [
+    "-DC10_USING_CUSTOM_GENERATED_MACROS",
+    "-DET_EVENT_TRACER_ENABLED",
+    "-DET_USE_THREADPOOL",
+    "-D_LIBCPP_HARDENING_MODE=_LIBCPP_HARDENING_MODE_NONE",  # its checks would call into a C++ library
+    "-fno-threadsafe-statics",
+    "-lc++",  # of which only the headers are used
+    "-Wno-unused-command-line-argument",
+]
+EXECUTORCH_LIBRARIES = tuple(
+    f"executorch{part}" for part in ("", "_threadpool", "_kernels_optimized", "_kernels_quantized", "_backend_xnnpack")
+)
 
 
 def host() -> str:
@@ -95,7 +115,7 @@ def binding(format: str, target: str | None = None, sdk: Path | None = None) -> 
     The operator inside the runtime of one format, e.g. "onnx": a library that the device's runner registers.
 
     `sdk` is for ExecuTorch, whose headers it needs: the folder `executorch` of the target's wheel. Without it, the one
-    that is installed here.
+    that is installed here, or for another machine the one that is fetched.
     """
     name, goal = _target(target)
     source = sources() / "bindings" / f"{format}.cc"
@@ -103,15 +123,15 @@ def binding(format: str, target: str | None = None, sdk: Path | None = None) -> 
         raise BuildError(f"no binding {format!r}; there are {', '.join(bindings())}")
     if not goal.shared:
         raise BuildError(f"{name} gets object files only (zig has no headers for it); its app links {format} itself")
-    headers, libraries = _executorch(name, sdk) if format == "executorch" else ([], ["-lpthread"])
-    done = (
-        cache() / f"{name}-{format}-{_digest(goal, source, source.with_name('binding.h'), more=[*headers, *libraries])}"
-    )
+    headers, libraries = [], ["-lpthread"]
+    if format == "executorch":
+        folder = sdk or executorch(name)
+        headers, libraries = _include(folder), _link(folder, EXECUTORCH_LIBRARIES[:2])
+    more = [*headers, *libraries]
+    done = cache() / f"{name}-{format}-{_digest(goal, source, source.with_name('binding.h'), more=more)}"
     if not done.exists():
         with whole_or_nothing(done) as work:
-            objects = [*_compile(goal, work, []), str(work / f"{format}.o")]
-            unit = [*BINDING_FLAGS, f"-I{sources() / 'dsa'}", *headers, "-c", str(source), "-o", objects[-1]]
-            zig("-target", goal.triple, *unit)
+            objects = [*_compile(goal, work, []), _unit(goal, source, work, headers)]
             shared = ["-shared", "-s", "-Wl,-Bsymbolic", "-o", str(work / binding_name(format))]
             zig("-target", goal.triple, *shared, *objects, *libraries)
             for path in objects:
@@ -119,28 +139,94 @@ def binding(format: str, target: str | None = None, sdk: Path | None = None) -> 
     return done / binding_name(format)
 
 
-def _executorch(name: str, sdk: Path | None) -> tuple[list[str], list[str]]:
-    """Flags to compile and to link with ExecuTorch. The definitions must be those its own libraries were built with."""
-    found = find_spec("executorch") if sdk is None and name == host() else None
-    places = [sdk] if sdk else [Path(p) for p in (found.submodule_search_locations or ())] if found else []
-    folder = next((p for p in places if (p / "lib" / "libexecutorch.so").is_file()), None)
-    if folder is None:
-        raise BuildError(
-            f"the executorch binding for {name} needs that platform's executorch wheel, unpacked (sdk=...)"
+def runner(target: str | None = None, sdk: Path | None = None) -> Path:
+    """
+    The program that runs .pte files without Python and torch, operator inside; the libraries it needs stand next to it.
+    `sdk` as for `binding`.
+    """
+    name, goal = _target(target)
+    if not goal.shared:
+        raise BuildError(f"{name}: the runner needs that system's own tool chain, see runtimes/README.md")
+    folder, bindings_ = sdk or executorch(name), sources() / "bindings"
+    units_ = (bindings_ / "executorch.cc", bindings_ / "executorch" / "runner.cc")
+    libraries = [folder / "lib" / f"lib{n}.so" for n in EXECUTORCH_LIBRARIES]
+    done = cache() / f"{name}-{RUNNER}-{_digest(goal, *units_, bindings_ / 'binding.h', *libraries)}"
+    if not done.exists():
+        headers = [*_include(folder), f'-DRUNTIME_VERSION="{_version(folder)}"']
+        with whole_or_nothing(done) as work:
+            objects = [*_compile(goal, work, []), *(_unit(goal, unit, work, headers) for unit in units_)]
+            zig("-target", goal.triple, "-s", "-o", str(work / RUNNER), *objects, *_link(folder, EXECUTORCH_LIBRARIES))
+            for path in objects:
+                Path(path).unlink()
+            for path in libraries:
+                shutil.copyfile(path, work / path.name)
+    return done / RUNNER
+
+
+def executorch(name: str) -> Path:
+    """The folder `executorch` of a machine's wheel: what is installed here, or for another machine fetched once."""
+    if name == host():
+        found = find_spec("executorch")
+        places = [Path(p) for p in (found.submodule_search_locations or ())] if found else []
+        if folder := next((p for p in places if (p / "lib" / "libexecutorch.so").is_file()), None):
+            return folder
+    if name not in WHEELS:
+        raise BuildError(f"ExecuTorch for {name} needs that platform's executorch wheel, unpacked (sdk=...)")
+    platform_tag, digest = WHEELS[name]
+    done = cache() / f"{name}-wheel-{digest[:24]}"
+    if not done.exists():
+        with whole_or_nothing(done) as work:
+            _fetch(platform_tag, digest, work)
+    return done / "executorch"
+
+
+def _fetch(platform_tag: str, digest: str, work: Path) -> None:
+    """Downloads a wheel with pip, which refuses one of another digest, and unpacks it into `work`."""
+    wanted = work / "wanted.txt"
+    wanted.write_text(f"executorch=={EXECUTORCH} --hash=sha256:{digest}\n")
+    options = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--python-version=3.11", "--quiet"]
+    command = [sys.executable, "-m", "pip", "download", *options, f"--platform={platform_tag}", f"--dest={work}"]
+    done = subprocess.run([*command, "-r", str(wanted)], capture_output=True, text=True)
+    wheels = list(work.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise BuildError(f"the executorch wheel for {platform_tag} cannot be fetched: {done.stderr.strip()[-800:]}")
+    with zipfile.ZipFile(wheels[0]) as archive:
+        archive.extractall(
+            work, [n for n in archive.namelist() if n.startswith(("executorch/include/", "executorch/lib/"))]
         )
+    wheels[0].unlink()
+
+
+def _version(folder: Path) -> str:
+    """Of an unpacked wheel; what the runner says it runs."""
+    file = folder / "version.py"
+    return next(iter(re.findall(r'__version__ = "(\d[\d.]*)', file.read_text())), "") if file.is_file() else EXECUTORCH
+
+
+def _include(folder: Path) -> list[str]:
     include = folder / "include"
-    defined = ("C10_USING_CUSTOM_GENERATED_MACROS", "ET_EVENT_TRACER_ENABLED", "ET_USE_THREADPOOL")
-    headers = [include, include / "executorch" / "runtime" / "core" / "portable_type" / "c10"]
-    libraries = ["-lexecutorch", "-lexecutorch_threadpool", "-Wl,--allow-shlib-undefined", "-lc++", "-lpthread"]
-    return (
-        [
-            *(f"-D{d}" for d in defined),
-            *(f"-isystem{h}" for h in headers),
-            "-lc++",
-            "-Wno-unused-command-line-argument",
-        ],
-        [f"-L{folder / 'lib'}", *libraries, "-Wl,-rpath,$ORIGIN"],
-    )
+    headers = (include, include / "executorch" / "runtime" / "core" / "portable_type" / "c10")
+    return [*EXECUTORCH_FLAGS, *(f"-isystem{h}" for h in headers)]
+
+
+def _link(folder: Path, libraries: Sequence[str]) -> list[str]:
+    """Kernels and backends register themselves when they are loaded: the linker must keep them."""
+    names = [f"-l{n}" for n in libraries]
+    return [
+        "-Wl,--no-as-needed",
+        f"-L{folder / 'lib'}",
+        *names,
+        "-Wl,--allow-shlib-undefined",
+        "-lpthread",
+        "-Wl,-rpath,$ORIGIN",
+    ]
+
+
+def _unit(goal: Target, source: Path, work: Path, headers: Sequence[str]) -> str:
+    """One C++ source as an object file in `work`."""
+    made = str(work / f"{source.stem}.o")
+    zig("-target", goal.triple, *BINDING_FLAGS, f"-I{sources() / 'dsa'}", *headers, "-c", str(source), "-o", made)
+    return made
 
 
 def bindings() -> list[str]:

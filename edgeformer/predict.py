@@ -9,6 +9,7 @@ It leaves out softmax, normalisation and dispatch, and knows no scheduler: hence
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -40,6 +41,16 @@ def predict(
         accuracy=accuracy,
     )
     return wire.Prediction(device.name, threads, metrics, band[0], band[1], METHOD)
+
+
+def on(device: Device, format: str, precision: str) -> Device:
+    """The device as this format sees it: with the accelerator's rates where that runs it, on any number of threads."""
+    gpu = device.accelerator
+    if gpu is None or format not in gpu.formats:
+        return device
+    peak = gpu.fp16_gflops if precision == "fp16" or gpu.fp32_gflops is None else gpu.fp32_gflops
+    rates = {"fp32_gflops": peak, "fp32_gflops_all": peak}
+    return replace(device, **rates, fp32_efficiency=gpu.efficiency, fp32_efficiency_all=gpu.efficiency)
 
 
 def row_ms(work: Sequence[wire.Work], length: int, device: Device, threads: int = 1) -> float:

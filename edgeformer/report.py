@@ -7,23 +7,30 @@ Measured, emulated and modelled figures never share an axis unless the predictio
 """
 
 import math
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from html import escape
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeformer_agent.wire import Entry, Fidelity, Latency, Manifest, Memory, Report, Step, digest, dump
+from edgeformer_agent.wire import Entry, Fidelity, Latency, Manifest, Memory, Native, Report, Step, digest, dump
 
 from . import plot
 from .compare import NOISE, Comparison, machine
+from .page import (
+    Cell,
+    Raw,
+    details as _details,
+    document,
+    figure as _figure,
+    section as _section,
+    table as _table,
+    text as _t,
+)
 from .plot import Label, tag
 from .summary import (
     EMULATED,
-    LONGEST,
     MISSING,
     MODELLED,
     NO_SENSOR,
@@ -33,6 +40,8 @@ from .summary import (
     energy_text,
     explained,
     facts,
+    kept_text,
+    layers_kept,
     letter,
     number,
     rows,
@@ -45,7 +54,6 @@ __all__ = ["Row", "rows", "table", "to_html", "to_json"]
 
 BINS = 56
 LENGTHS = 40  # places on the token axis of a panel
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 PREDICTED = "predicted_latency_ms"
 NAMES = {
     "latency_ms": "latency, median",
@@ -65,13 +73,6 @@ VERDICTS = {"faster": "good", "better": "good", "as predicted": "good", "slower"
 VERDICTS["outside the band"] = "bad"
 
 
-class Raw(NamedTuple):
-    """Markup, to be told from text, which is always escaped."""
-
-    html: str
-
-
-Cell = str | Raw
 Timed = tuple[Row, Latency]
 Judged = tuple[Row, Fidelity]
 
@@ -103,17 +104,20 @@ def to_html(
 ) -> str:
     """One page. `signer` names the key that verified the bundle; a manifest does not carry it."""
     page = Page(manifest, reports, comparisons, rows(manifest, reports), signer)
-    sections = (_validity, _programs, _latency, _distributions, _fidelity, _resources, _compared, _places, _bundle)
-    body = _header(page) + "".join(section(page) for section in sections) + _footer()
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{_t(manifest.name)} {manifest.version} on {_t(manifest.target)}: edgeformer report</title>"
-        f"<style>{style}</style></head><body><main>{body}</main></body></html>\n"
+    sections = (
+        _validity,
+        _programs,
+        _latency,
+        _distributions,
+        _fidelity,
+        _sparse,
+        _resources,
+        _compared,
+        _places,
+        _bundle,
     )
+    body = _header(page) + "".join(section(page) for section in sections) + _footer()
+    return document(f"{manifest.name} {manifest.version} on {manifest.target}: edgeformer report", body)
 
 
 # --- the top of the page ------------------------------------------------------------------------------------------
@@ -422,6 +426,37 @@ def _fidelity_picture(key: str, measure: str, judged: Sequence[Judged]) -> str:
     return _figure(picture, MEASURES.get(measure, "Circle: mean over the rows. Diamond: the least similar row."))
 
 
+def _sparse(page: Page) -> str:
+    """What sparse attention was chosen for, and what our operator did; nothing where there is neither."""
+    decided = next((step.facts for step in page.manifest.history if step.name == "attention"), {})
+    by_length = decided.get("by_length")
+    inside = ""
+    if isinstance(by_length, Mapping):
+        heads: tuple[str, ...] = (">tokens", "attention", ">blocks kept", ">gain, modelled")
+        chosen = [(length, *_chosen(said)) for length, said in by_length.items() if isinstance(said, Mapping)]
+        inside += _table(f"Chosen for each length: {clean(decided.get('why', ''))}", heads, chosen)
+    if ran := [_counted(row, row.native) for row in page.by_program() if row.native]:
+        heads = ("program", "~run", "kernels", ">calls a run", ">blocks kept", "kept by each layer")
+        inside += _table("What the operator's library counted on the device, over all runs", heads, ran)
+    return _section("sparse", "Sparse attention", inside) if inside else ""
+
+
+def _counted(row: Row, did: Native) -> tuple[Cell, ...]:
+    layers = " ".join(layers_kept(did))
+    return (
+        row.program,
+        Raw(_key(row.report)),
+        clean(did.kernel_set, 24),
+        number(did.calls_per_run),
+        kept_text(did),
+        layers,
+    )
+
+
+def _chosen(said: Mapping[str, object]) -> tuple[str, ...]:
+    return tuple(clean(said.get(key, MISSING), 20) for key in ("chosen", "kept", "modelled_gain"))
+
+
 def _resources(page: Page) -> str:
     sizes = [_size_bar(entry) for entry in page.manifest.programs]
     picture = plot.bars("size", "Size on disk per program", _said(sizes), sizes, "MB on disk")
@@ -575,38 +610,6 @@ def _footer() -> str:
 
 
 # --- markup -------------------------------------------------------------------------------------------------------
-
-
-def _t(value: object, longest: int = LONGEST) -> str:
-    """A report's words as text of the page."""
-    return escape(clean(value, longest), quote=True)
-
-
-def _section(key: str, title: str, inside: str, style: str = "") -> str:
-    head = f'<h2 id="{key}-h">{title}</h2>'
-    return f'<section id="{key}" class="{style}" aria-labelledby="{key}-h">{head}{inside}</section>'
-
-
-def _figure(picture: str, caption: str) -> str:
-    return f'<figure><div class="scroll">{picture}</div><figcaption>{caption}</figcaption></figure>'
-
-
-def _details(summary: str, inside: str) -> str:
-    return f"<details><summary>{summary}</summary>{inside}</details>"
-
-
-def _table(caption: str, heads: Sequence[str], lines: Iterable[Sequence[Cell]]) -> str:
-    """A heading that begins with > makes a column of figures, with ~ one that does not wrap. First cells name lines."""
-    styles = [{">": ' class="n"', "~": ' class="w"'}.get(head[:1], "") for head in heads]
-    top = "".join(f'<th scope="col"{s}>{_t(h.lstrip(">~"))}</th>' for s, h in zip(styles, heads, strict=True))
-    body = "".join(f"<tr>{''.join(map(_cell, range(len(heads)), styles, line))}</tr>" for line in lines)
-    inside = f"<caption>{_t(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="scroll"><table>{inside}</table></div>'
-
-
-def _cell(place: int, style: str, cell: Cell) -> str:
-    inside = cell.html if isinstance(cell, Raw) else _t(cell, 400)
-    return f"<td{style}>{inside}</td>" if place else f'<th scope="row"{style}>{inside}</th>'
 
 
 def _label(row: Row, figure: str, detail: str = "", seen: str = "") -> Label:

@@ -21,6 +21,7 @@ from edgeformer_agent.wire import (
     Latency,
     Manifest,
     Memory,
+    Native,
     Prediction,
     Report,
     Result,
@@ -37,6 +38,7 @@ NO_SENSOR = "no sensor"
 EMULATED = "emulated: timing says nothing"
 MODELLED = "modelled, nobody measured it"
 LONGEST = 160  # characters of any one text taken over from a report
+MOST_LAYERS = 48  # shown of one program
 MOST_FACTS = 60  # of one dictionary taken over from a report
 
 # flag: (what happened, what to do)
@@ -104,6 +106,10 @@ FLAGS: Mapping[str, tuple[str, str]] = {
         "the task's metric is below the reference by more than the gate allows",
         "use the next higher precision or calibrate with more rows",
     ),
+    "native_fallback": (
+        "the bundle's library of our operator was not trusted here; sparse layers were computed in standard operators",
+        "see why in the agent's output; outputs hold, but no figure shows what sparse attention saves",
+    ),
     "cached_queries": ("answers were cached", "the figure is void: caching of queries is forbidden"),
     "benchmark_detected": ("the benchmark's inputs were treated specially", "the figure is void"),
 }
@@ -127,6 +133,7 @@ class Row:
     fidelity: Fidelity | None
     fidelity_from: str  # device | emulator | build machine
     selected: bool
+    native: Native | None  # what our operator's library did, where one ran
     flags: tuple[str, ...]
     skipped: str | None  # why it was not run
 
@@ -194,6 +201,11 @@ def _caption(found: Sequence[Row], reports: Sequence[Report]) -> Text:
         if flags:
             style = "red" if FAILED in row.flags else "yellow"
             caption.append(f"\n! {row.report} {clean(row.program, 24)}: {flags}", style=style)
+    for row in found:
+        if row.native:
+            what = f"{number(row.native.calls_per_run)} calls a run, {clean(row.native.kernel_set, 20)}"
+            caption.append(f"\nDSA, {row.report} {clean(row.program, 24)}: {what}; kept {kept_text(row.native)}")
+            caption.append(f"\n  by layer: {' '.join(layers_kept(row.native))}", style="dim")
     caption.append("\nmodelled: before anyone measured · * fastest that passed its self-check")
     return caption
 
@@ -258,6 +270,16 @@ def energy_text(row: Row) -> str:
     return NO_SENSOR if row.latency else MISSING
 
 
+def kept_text(native: Native) -> str:
+    """Mean share of the blocks that our operator kept."""
+    return f"{sum(native.kept) / len(native.kept):.2f}" if native.kept else MISSING
+
+
+def layers_kept(native: Native) -> list[str]:
+    """The share of each layer, in their order."""
+    return [f"{kept:.2f}" for kept in native.kept[:MOST_LAYERS]] + ["…"] * (len(native.kept) > MOST_LAYERS)
+
+
 def band_words(row: Row) -> str:
     """The predicted latency with its ends; who is asked to trust it sees both."""
     if not row.band:
@@ -294,6 +316,8 @@ def _seen_by(report: Report | None) -> str:
 
 
 def _listed(item: object) -> str:
+    if isinstance(item, Mapping):
+        return clean(", ".join(f"{key} {value}" for key, value in item.items()))
     if isinstance(item, list) and len(item) > 1 and all(part == item[0] for part in item):
         return f"{len(item)} × {clean(item[0])}"
     return clean(", ".join(map(str, item[:MOST_FACTS]))) if isinstance(item, list) else clean(item)
@@ -319,6 +343,7 @@ def _row(
         fidelity=on_device or (entry.checked if entry else None),
         fidelity_from=_seen_by(report) if on_device else "build machine",
         selected=bool(result and chosen and chosen.program == name),
+        native=result.native if result else None,
         flags=_flags(result) if result else (),
         skipped=report.skipped.get(name, "not in this report") if report and not result else None,
     )

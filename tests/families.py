@@ -1,4 +1,4 @@
-"""Tiny random configurations of the encoder families; transformers' own modeling code, nothing copied."""
+"""Tiny random configurations of the model families; transformers' own modeling code, nothing copied."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ TEXT = {
     "intermediate_size": 64,
     "max_position_embeddings": 66,
 }
-NAMES = ("bert", "distilbert", "roberta", "electra", "mpnet", "modernbert", "vit")
+NAMES = ("bert", "distilbert", "roberta", "electra", "mpnet", "modernbert", "vit", "llama")
 
 
 def tiny(family: str) -> Any:
-    """Seeded, in eval mode. Heads vary, so that embeddings, classes and images are all met."""
+    """Seeded, in eval mode. Heads vary, so that each is met."""
     import torch
     import transformers as hf
 
@@ -24,15 +24,22 @@ def tiny(family: str) -> Any:
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
     make = {
         "bert": lambda: hf.BertModel(hf.BertConfig(**TEXT)),
-        "distilbert": lambda: hf.DistilBertModel(
+        "distilbert": lambda: hf.DistilBertForQuestionAnswering(
             hf.DistilBertConfig(
                 vocab_size=200, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=64
             )
         ),
         "roberta": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**TEXT, num_labels=3)),
-        "electra": lambda: hf.ElectraForSequenceClassification(hf.ElectraConfig(**TEXT, embedding_size=16)),
+        "electra": lambda: hf.ElectraForTokenClassification(
+            hf.ElectraConfig(**TEXT, embedding_size=16, id2label={0: "O", 1: "B-PER", 2: "I-PER"})
+        ),
         "mpnet": lambda: hf.MPNetModel(hf.MPNetConfig(**TEXT)),
         "modernbert": lambda: hf.ModernBertModel(hf.ModernBertConfig(**TEXT, local_attention=16, **special)),
+        "llama": lambda: hf.LlamaForCausalLM(
+            hf.LlamaConfig(
+                **{**TEXT, "hidden_size": 64, "max_position_embeddings": 320}, num_key_value_heads=2, pad_token_id=0
+            )
+        ),
         "vit": lambda: hf.ViTForImageClassification(
             hf.ViTConfig(
                 hidden_size=32,

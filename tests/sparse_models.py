@@ -42,19 +42,6 @@ except ImportError:
         return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-def define_out() -> None:
-    """`dsa.out`, into which ExecuTorch turns the call: the schema's arguments and where the result goes."""
-    if "edgeformer::dsa.out" not in torch._C._dispatch_get_all_op_names():
-        schema = str(torch.ops.edgeformer.dsa.default._schema).removeprefix("edgeformer::")
-        arguments = schema.removesuffix(") -> Tensor").removeprefix("dsa(")
-        fragment = torch.library.Library("edgeformer", "FRAGMENT")
-        fragment.define(f"dsa.out({arguments}, Tensor(a!) out) -> Tensor(a!)")
-        _kept_alive.append(fragment)
-
-
-_kept_alive: list[Any] = []
-
-
 class Attention(torch.nn.Module):
     """One layer: projections, the operator, a residual. Masks are (batch, rows) of 0 and 1, padded on the right."""
 

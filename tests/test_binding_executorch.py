@@ -59,7 +59,6 @@ def lowered(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> bytes:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    sparse_models.define_out()
     graph = torch.export.export(module.eval(), inputs)
     return bytes(to_edge_transform_and_lower(graph, partitioner=[XnnpackPartitioner()]).to_executorch().buffer)
 

@@ -126,15 +126,18 @@ LENGTHS = (32, 70)
 def programs(**config: Any) -> Any:
     """fp32 and int8 of a small encoder with two DSA layers, and its Model."""
     pytest.importorskip("litert_torch")
-    from edgeformer import device
     from edgeformer.formats import litert as format
 
     model = sparse_models.model(lengths=LENGTHS, **config)
-    return model, list(format.export(model, device.load("raspberry-pi-4"), ("fp32", "int8")))
+    return model, list(format.export(model, ("fp32", "int8")))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [{}, {"kv_heads": 1, "causal": 1, "n_sink": 1}], ids=["encoder", "causal-gqa"])
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"kv_heads": 1, "causal": 1, "n_sink": 1}, {"dense_below": LENGTHS[0]}],
+    ids=["encoder", "causal-gqa", "dense-below"],
+)
 @pytest.mark.parametrize("precision", [0, 1], ids=["fp32", "int8"])
 def test_program(precision: int, config: dict[str, Any]) -> None:
     model, made = programs(**config)

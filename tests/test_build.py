@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 
 import edgeformer as ef  # noqa: E402
+from edgeformer import device as devices, formats  # noqa: E402
 from edgeformer.errors import BadInput, FormatNotYet, GateFailed, UnknownFormat, UnknownTarget  # noqa: E402
 
 
@@ -55,6 +57,29 @@ def test_the_manifest_says_what_was_built(tmp_path: Path, config_home: Path) -> 
     assert [step.name for step in manifest.history] == ["load", "attention", "export.onnx", "export.onnx"]
     assert fp32.size_bytes == manifest.files[fp32.path].size
     assert str(tmp_path) not in (bundle.path / "manifest.json").read_text()
+
+
+def test_several_targets_share_what_is_exported_and_checked(tmp_path: Path, config_home: Path) -> None:
+    steps: list[str] = []
+    bundles = ef.build(
+        Scorer(), ["raspberry-pi-4", "host"], formats=["onnx"], name="scorer", example=(torch.zeros(1, 16),),
+        out=tmp_path, progress=lambda what, done, total: steps.append(f"{what} {done}"),
+    )  # fmt: skip
+    assert [bundle.manifest.target for bundle in bundles] == ["raspberry-pi-4", "host"]
+    for bundle in bundles:
+        bundle.verify()
+    pi, host = (bundle.manifest.programs[0] for bundle in bundles)
+    assert steps.count("export onnx 0") == 1 and steps.count("check onnx-int8 1") == 1
+    assert pi._replace(predicted=host.predicted) == host and pi.predicted.device != host.predicted.device
+    assert bundles[0].manifest.files[pi.path] == bundles[1].manifest.files[host.path]
+
+
+def test_of_several_targets_one_that_fails_leaves_none(tmp_path: Path, config_home: Path) -> None:
+    with pytest.raises(BadInput, match=r"jetson-nano runs none of litert"):
+        ef.build(Scorer(), ["raspberry-pi-4", "jetson-nano"], formats=["litert"], out=tmp_path)
+    with pytest.raises(BadInput, match="each once"):
+        ef.build(Scorer(), ["host", "host"], out=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_same_inputs_give_the_same_bytes(tmp_path: Path, config_home: Path) -> None:
@@ -99,16 +124,26 @@ def test_wrong_use_is_told_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_unknown_and_later_targets() -> None:
+def test_unknown_targets() -> None:
     with pytest.raises(UnknownTarget, match="'raspberry-pi-4'"):
         ef.build("x", "raspberry-pi4")
+
+
+def test_a_format_of_a_later_version_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profile may know a format before this version builds it."""
+    monkeypatch.setattr(formats, "names", lambda: ["onnx"])
+    monkeypatch.setattr(formats, "PLANNED", ("coreml",))
     with pytest.raises(FormatNotYet, match="coreml"):
         ef.build("x", "iphone-13")
 
 
-def test_a_system_too_old_for_the_runtime_is_refused(tmp_path: Path, config_home: Path) -> None:
+def test_a_system_too_old_for_the_runtime_is_refused(
+    tmp_path: Path, config_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = replace(devices.load("raspberry-pi-4"), glibc="2.27")
+    monkeypatch.setattr(devices, "load", lambda name: old)
     with pytest.raises(BadInput, match=r"glibc 2\.28.*2\.27"):
-        ef.build(Scorer(), "jetson-nano", formats=["onnx"], example=(torch.zeros(1, 16),), out=tmp_path)
+        ef.build(Scorer(), "raspberry-pi-4", formats=["onnx"], example=(torch.zeros(1, 16),), out=tmp_path)
 
 
 def test_an_existing_bundle_is_kept(tmp_path: Path, config_home: Path) -> None:

@@ -43,7 +43,7 @@ def test_the_commands_are_these(tmp_path: Path) -> None:
         (["biuld"], 2, "Did you mean 'build'?"),
         (["build", "--target", "host"], 2, "--model"),
         (["build", "--model", "x", "--target", "raspbery-pi-4"], 2, "Did you mean 'raspberry-pi-4'?"),
-        (["build", "--model", "x", "--target", "iphone-13"], 2, "coreml"),
+        (["build", "--model", "x", "--target", "iphone-13", "--format", "onnx"], 2, "it runs coreml"),
         (["build", "--model", "x", "--target", "host", "--format", "onxx"], 2, "'onnx'"),
         (["build", "--model", "no/such/folder", "--target", "host"], 2, "no/such/folder"),
         (["verify", "nowhere"], 2, "no bundle"),

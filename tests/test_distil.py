@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ import torch
 from test_scorer import arrays, rows
 from test_swap import make
 
-from edgeformer import model as models
+from edgeformer import model as models, train
 from edgeformer.attention import distil, dsa, op, scorer, swap
 from edgeformer.attention.reference import THRESHOLD, TOP_K, Config
 from edgeformer.errors import BadInput
 from edgeformer.passes import sparsify
 
 C = Config(block_q=16, block_k=16)
-FAST = distil.Recipe(steps=12, rate=2e-3, bfloat16=False)
+FAST = replace(distil.RECIPE, rate=2e-3, bf16=False, epochs=12)  # 12 steps of two rows
 
 
 def pair(family: str = "bert", theta: float = 0.2, config: Config = C) -> tuple[Any, Any]:
@@ -47,18 +48,20 @@ def shared(model: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-@pytest.mark.parametrize("bfloat16", [False, True])
-def test_a_sparse_model_learns_what_the_dense_one_gives(family: str, bfloat16: bool) -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_sparse_model_learns_what_the_dense_one_gives(family: str, bf16: bool) -> None:
     student, teacher = pair(family)
     given = rows(family, 128, 128, 100)
     before, weights, dense = error(student, teacher, given), shared(student), shared(teacher)
     assert before > 1e-4, "the sparse model is not the dense one to begin with"
-    recipe = distil.Recipe(steps=30, rate=2e-3, bfloat16=bfloat16)
+    recipe = replace(distil.RECIPE, rate=2e-3, bf16=bf16, epochs=15)
     calls = op.counters().calls
     told = distil.distil(student, teacher, given, 0.5, recipe)
     ran = op.counters().calls - calls
-    assert ran == 2 * 2 * 30 * 2, "two layers, two rows a step, through the operator and its selection for the gradient"
-    assert error(student, teacher, given) < 0.5 * before and len(told.losses) == 30
+    assert ran == 2 * 3 * 15 * 2, (
+        "two layers, three rows an epoch, through the operator and its selection for the gradient"
+    )
+    assert error(student, teacher, given) < 0.5 * before and told.steps == 30
     moved = {name for name, x in shared(student).items() if not torch.equal(x, weights[name])}
     assert moved and not any("embedding" in name or "embed_tokens" in name for name in moved)
     assert all(torch.equal(x, dense[name]) for name, x in shared(teacher).items())
@@ -70,13 +73,13 @@ def test_thresholds_follow_the_kept_fraction(rule: int) -> None:
     """Too much kept raises theta; a count is a budget already and stays."""
     for kept, moved in ((0.0, 1), (1.0, -1)):
         student, teacher = pair(theta=0.13, config=replace(C, rule=rule))
-        distil.distil(student, teacher, rows("bert", 128), kept, replace(FAST, steps=1))
+        distil.distil(student, teacher, rows("bert", 128), kept, replace(FAST, epochs=1))
         signs = torch.cat([torch.sign(x.theta - 0.13) for x in swap.scorers(student)])
         assert torch.equal(signs, torch.full_like(signs, moved if rule == THRESHOLD else 0))
 
 
 def test_interrupted_distillation_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distil, "SAVE_EVERY", 4)
+    monkeypatch.setattr(distil, "fit", partial(train.fit, save_every_s=0.0))
     given = rows("bert", 128, 64)
     whole, teacher = pair()
     distil.distil(whole, teacher, given, 0.5, FAST)
@@ -90,9 +93,9 @@ def test_interrupted_distillation_ends_with_the_same_bits(tmp_path: Path, monkey
         distil.distil(pair()[0], teacher, given, 0.5, FAST, checkpoint=file, progress=killed)
     resumed = pair()[0]
     told = distil.distil(resumed, teacher, given, 0.5, FAST, checkpoint=file)
-    assert len(told.losses) == 12 - 4, "it went on from the fourth step"
+    assert (told.resumed_at, told.steps) == (7, 12)
     assert all(torch.equal(x, whole.state_dict()[name]) for name, x in resumed.state_dict().items())
-    with pytest.raises(BadInput, match="other rows or settings"):
+    with pytest.raises(BadInput, match="other rows, weights or settings"):
         distil.distil(pair()[0], teacher, given, 0.4, FAST, checkpoint=file)
 
 
@@ -116,7 +119,7 @@ def test_the_pass_distils_and_calibrates_again() -> None:
     }
     frozen, told = (sparsify.dsa(given, distil=steps, **settings)(model) for steps in (0, FAST))
     facts = told.history[-1].facts
-    assert facts["distilled"]["steps"] == 12 and "distilled" not in frozen.history[-1].facts
+    assert facts["distilled"]["steps"] == 24 and "distilled" not in frozen.history[-1].facts
     assert facts["kept"] == pytest.approx(0.3, abs=0.02) and facts["theta"]["128"] > facts["theta"]["256"]
     moved = [torch.equal(shared(told.module)[name], x) for name, x in shared(frozen.module).items()]
     assert not all(moved)

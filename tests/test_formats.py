@@ -13,11 +13,9 @@ torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("litert_torch")
 
-from edgeformer import check, data, device, formats, model as models  # noqa: E402
+from edgeformer import check, data, formats, model as models  # noqa: E402
 from edgeformer.program import Program  # noqa: E402
 from edgeformer_agent import runners, wire  # noqa: E402
-
-PI = device.load("raspberry-pi-4")
 
 
 def middling() -> models.Model:
@@ -44,8 +42,8 @@ def entry(program: Program, model: models.Model) -> wire.Entry:
 @pytest.mark.slow
 def test_five_lengths_cost_little_more_than_one_and_the_shortest_that_fits_runs(tmp_path: Path) -> None:
     model = middling()
-    (several,) = formats.load("litert").export(model, PI, ["int8"])
-    (one,) = formats.load("litert").export(models.load(model.module.module, lengths=(512,)), PI, ["int8"])
+    (several,) = formats.load("litert").export(model, ["int8"])
+    (one,) = formats.load("litert").export(models.load(model.module.module, lengths=(512,)), ["int8"])
     assert several.lengths == (32, 64, 128, 256, 512) and one.lengths == (512,)
     assert several.size_bytes < 1.10 * one.size_bytes, (several.size_bytes, one.size_bytes)
     assert [w.length for w in several.work] == list(several.lengths)
@@ -66,7 +64,7 @@ def test_five_lengths_cost_little_more_than_one_and_the_shortest_that_fits_runs(
 @pytest.mark.parametrize("format", ["onnx", "litert"])
 def test_nothing_of_this_machine_is_in_a_file(format: str) -> None:
     model = models.load(families.tiny("bert"), name="tiny", lengths=(16,))
-    for program in formats.load(format).export(model, PI, ["fp32", "int8"]):
+    for program in formats.load(format).export(model, ["fp32", "int8"]):
         content = b"".join(program.files.values())
         for trace in (str(Path(models.__file__).parent), str(Path.home()), "site-packages"):
             assert trace.encode() not in content, (program.name, trace)
@@ -75,7 +73,7 @@ def test_nothing_of_this_machine_is_in_a_file(format: str) -> None:
 @pytest.mark.slow
 def test_onnx_is_plain_and_any_length_runs(tmp_path: Path) -> None:
     model = models.load(families.tiny("electra"), name="tiny", lengths=(48,))
-    fp32, int8 = formats.load("onnx").export(model, PI, ["fp32", "int8"])
+    fp32, int8 = formats.load("onnx").export(model, ["fp32", "int8"])
     proto = onnx.load_from_string(fp32.files[fp32.entry])
     assert proto.ir_version <= 9 and {(o.domain, o.version) for o in proto.opset_import} == {("", 20)}
     assert not any(node.metadata_props or node.doc_string for node in proto.graph.node)
@@ -104,5 +102,5 @@ def test_a_module_that_cannot_be_exported_says_so() -> None:
     model = models.load(Untraceable(), example=(torch.ones(1, 4),), name="odd")
     for format in ("onnx", "litert"):
         with pytest.raises(Exception, match=f"{format}: odd does not") as caught:
-            list(formats.load(format).export(model, PI, ["fp32"]))
+            list(formats.load(format).export(model, ["fp32"]))
         assert type(caught.value).__name__ == "ExportError"

@@ -68,7 +68,7 @@ def test_from_a_folder(saved: Path) -> None:
     model = load(saved)
     assert model.name == "tiny-bert"
     assert model.inputs == tuple(wire.Tensor(n, "int32", (-1, -1), 0) for n in models._TEXT_INPUTS)
-    assert model.output == wire.Tensor("sentence_embedding", "float32", (-1, -1))
+    assert model.output == wire.Tensor("sentence_embedding", "float32", (-1, 32))
     assert model.task == wire.Task("embedding")
     assert model.lengths == (32, 64, 66) and model.max_length == 66
     assert model.tokenizer("w3 w4")["input_ids"] == [2, 5, 6, 3]
@@ -167,9 +167,9 @@ def test_a_missing_head_is_not_made_up(folder: Path) -> None:
         load(folder)
 
 
-@pytest.mark.parametrize("kind", ["BertForQuestionAnswering", "BertForTokenClassification", "BertForMultipleChoice"])
+@pytest.mark.parametrize("kind", ["BertForNextSentencePrediction", "BertForMultipleChoice"])
 def test_unsupported_heads(folder: Path, kind: str) -> None:
-    message = f"{kind}: this version builds ForSequenceClassification, ForImageClassification, Model, .* heads"
+    message = f"{kind}: this version builds ForSequenceClassification, ForImageClassification, .* heads"
     edit(folder, architectures=[kind])
     with pytest.raises(BadInput, match=message):
         load(folder)
@@ -321,7 +321,15 @@ def test_segments_are_an_input_only_where_there_is_more_than_one() -> None:
 
 @pytest.mark.parametrize(
     ("family", "limit"),
-    [("bert", 66), ("distilbert", 64), ("roberta", 64), ("electra", 66), ("mpnet", 64), ("modernbert", 66)],
+    [
+        ("bert", 66),
+        ("distilbert", 64),
+        ("roberta", 64),
+        ("electra", 66),
+        ("mpnet", 64),
+        ("modernbert", 66),
+        ("llama", 320),
+    ],
 )
 def test_positions(family: str, limit: int) -> None:
     """RoBERTa and MPNet count from the padding index on: of 66 positions, 64 are of use. The longest row runs."""
@@ -330,7 +338,7 @@ def test_positions(family: str, limit: int) -> None:
     assert torch.isfinite(run(model, [5 + i % 90 for i in range(limit)])).all()
     with pytest.raises(BadInput, match=f"length {limit + 1} is over the model's {limit} positions"):
         load(families.tiny(family), lengths=(limit + 1,))
-    if family not in ("modernbert",):  # whose positions are computed
+    if family not in ("modernbert", "llama"):  # whose positions are computed
         with pytest.raises((IndexError, RuntimeError)):
             run(model, [5] * (limit + 1))
 
@@ -342,9 +350,12 @@ def test_padding_does_not_matter(family: str) -> None:
     for length, padded in ((1, 5), (7, 1), (13, 19), (31, 33)):
         ids = torch.randint(5, 200, (length,), generator=random).tolist()
         alone, filled = run(model, ids), run(model, ids, padded)
-        torch.testing.assert_close(filled, alone, rtol=1e-4, atol=2e-6)
+        per_token = model.output.shape[1] == -1  # a row of the output for each token, padding included
+        torch.testing.assert_close(filled[:length] if per_token else filled, alone, rtol=1e-4, atol=2e-6)
         ignored = run(model, [*ids, *[int(model.inputs[0].pad)] * padded])
-        assert (ignored - alone).abs().max() > 1e-4  # so an ignored mask would show
+        assert (
+            (ignored[:length] if per_token else ignored) - alone
+        ).abs().max() > 1e-4  # so an ignored mask would show
 
 
 @pytest.mark.parametrize("family", families.NAMES)
@@ -367,7 +378,7 @@ def test_images() -> None:
     assert model.inputs == (wire.Tensor("pixel_values", "float32", (-1, 3, 32, 32)),)
     assert model.lengths == () and model.max_length == 0
     assert model.task == wire.Task("classification", None, False, tuple(f"LABEL_{i}" for i in range(5)))
-    assert model.output == wire.Tensor("logits", "float32", (-1, -1))
+    assert model.output == wire.Tensor("logits", "float32", (-1, 5))
     with pytest.raises(BadInput, match="has no sequence input, so lengths="):
         load(families.tiny("vit"), lengths=(16,))
     wide = hf.ViTModel(hf.ViTConfig(**{**families.tiny("vit").config.to_dict(), "image_size": [16, 32]}))
@@ -386,6 +397,43 @@ def test_images() -> None:
 def test_the_task_is_what_the_head_is(changes: dict[str, Any], kind: str, labels: tuple[str, ...]) -> None:
     model = load(hf.BertForSequenceClassification(hf.BertConfig(**families.TEXT, **changes)))
     assert (model.task.kind, model.task.labels, model.output.name) == (kind, labels, "logits")
+
+
+def test_heads_with_an_output_a_token() -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    tagger, reader = families.tiny("electra"), families.tiny("distilbert")
+    model = load(tagger)
+    assert model.task == wire.Task("token_classification", labels=("O", "B-PER", "I-PER"))
+    assert model.output == wire.Tensor("logits", "float32", (-1, -1, 3)) and model.past is None
+    torch.testing.assert_close(run(model, [5, 6, 7]), tagger(ids).logits[0].detach())
+    model = load(reader)
+    assert model.task == wire.Task("question_answering") and model.output.shape == (-1, -1, 2)
+    wanted = reader(ids)
+    torch.testing.assert_close(run(model, [5, 6, 7]).T, torch.cat((wanted.start_logits, wanted.end_logits)).detach())
+
+
+def test_a_decoder_tells_the_token_after_the_last_valid_one() -> None:
+    """In one go, or the second half with the keys and values of the first."""
+    whole = families.tiny("llama")
+    model, ids = load(whole), torch.arange(5, 25, dtype=torch.int32)[None]
+    assert model.task == wire.Task("next_token") and model.output.shape == (-1, 200)
+    assert model.past == wire.Tensor("past", "float32", (-1, 4, 2, -1, 16))
+    with torch.no_grad():
+        wanted = whole(ids.long()).logits[0, -1]
+        torch.testing.assert_close(run(model, ids[0].tolist()), wanted)
+        _, first = model.module(ids[:, :13], torch.ones_like(ids[:, :13]), torch.zeros(1, 4, 2, 0, 16))
+        logits, second = model.module(ids[:, 13:], torch.ones_like(ids[:, 13:]), first)
+    torch.testing.assert_close(logits[0], wanted)
+    assert (first.shape, second.shape) == ((1, 4, 2, 13, 16), (1, 4, 2, 7, 16))
+
+
+def test_what_is_no_cache_of_all_tokens_is_no_past() -> None:
+    window = hf.MistralConfig(
+        **{**families.TEXT, "hidden_size": 64}, num_key_value_heads=2, sliding_window=8, pad_token_id=0
+    )
+    assert load(hf.MistralForCausalLM(window)).past is None
+    gpt2 = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2, n_positions=32))
+    assert load(gpt2).past == wire.Tensor("past", "float32", (-1, 2, 2, -1, 16))
 
 
 def test_a_headless_model_is_an_embedding_whatever_its_config_says() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from edgeformer import device as devices
 from edgeformer.device import Accelerator, Device
-from edgeformer.predict import METHOD, predict, row_ms
+from edgeformer.predict import METHOD, on, predict, row_ms
 from edgeformer_agent import wire
 
 # One thread: 5 GFLOP/s and 40 GOP/s are reached; all: 10 and 90. Memory: 2 GB/s.
@@ -134,9 +134,17 @@ def test_the_band_is_that_of_the_threads() -> None:
 
 
 def test_an_accelerator_does_not_change_what_the_cpu_takes() -> None:
-    """A prediction is not told the format, so that it can only be the CPU's."""
-    other = replace(DEVICE, accelerator=Accelerator("gpu", ("tensorrt",), 1e5, 1.0, 1e5))
+    other = replace(DEVICE, accelerator=Accelerator("gpu", ("tensorrt",), 1e5, 1.0, 5e4))
     assert said([16, 128], device=other) == said([16, 128])
+    assert on(other, "onnx", "fp32") is other and on(DEVICE, "tensorrt", "fp16") is DEVICE
+
+
+def test_an_accelerator_computes_what_it_runs_in_its_own_precision() -> None:
+    other = replace(DEVICE, accelerator=Accelerator("gpu", ("tensorrt",), 1e5, 0.5, 5e4))
+    for precision, peak in (("fp16", 1e5), ("fp32", 5e4)):
+        gpu = on(other, "tensorrt", precision)
+        assert (gpu.fp32_gflops, gpu.fp32_gflops_all, gpu.fp32_efficiency_all) == (peak, peak, 0.5)
+        assert (said([128], device=gpu).metrics.latency_ms or 0) <= (said([128]).metrics.latency_ms or 0)
 
 
 @pytest.mark.parametrize("name", devices.names())

@@ -298,7 +298,7 @@ def test_endless_texts_are_cut() -> None:
 
 def test_facts_of_any_shape() -> None:
     odd = {"a": None, "b": [], "c": [[1, 2], {"d": 3}], "e": {"f": {"g": True}}, "": 0, "h": [1.5, 1.5, 1.5], "i": {}}
-    assert facts(odd) == {"c": "[1, 2], {'d': 3}", "e f": "{'g': True}", "": "0", "h": "3 × 1.5"}
+    assert facts(odd) == {"c": "[1, 2], {'d': 3}", "e f": "g True", "": "0", "h": "3 × 1.5"}
     assert clean("a\nb\tc") == "a b c"
 
 
@@ -371,6 +371,41 @@ def test_the_table_fits_eighty_columns() -> None:
     )
     for words in (*labels, "A litert-int8 *"):
         assert words in text, words
+
+
+NATIVE = wire.Native(6, "avx512_vnni", (1.0, 0.52, 0.41, 0.39, 0.28, 0.3))
+LENGTHS = {
+    "128": {"chosen": "dense", "kept": 1.0, "modelled_gain": 1.0},
+    "512": {"chosen": "dsa", "kept": 0.61, "modelled_gain": 1.24},
+}
+
+
+def sparse() -> tuple[wire.Manifest, wire.Report]:
+    step = wire.Step("attention", {"chosen": "dsa", "why": "modelled gain 1.24", "by_length": LENGTHS})
+    made = manifest()._replace(history=(step,))
+    seen = report(bundle=made)
+    return made, signed(seen._replace(results=tuple(r._replace(native=NATIVE) for r in seen.results)))
+
+
+def test_sparse_attention_says_what_was_chosen_and_what_ran() -> None:
+    made, seen = sparse()
+    found = Tree(to_html(made, [flagged(seen, "native_fallback")]))
+    assert found.line("128") == ["128", "dense", "1.0", "1.0"] and found.line("512")[1:] == ["dsa", "0.61", "1.24"]
+    first = next(line for line in found.lines if "avx512_vnni" in line)
+    assert first[3:] == ["6", "0.48", "1.00 0.52 0.41 0.39 0.28 0.30"], first
+    assert any("not trusted here" in " ".join(line) for line in found.lines)
+    assert 'id="sparse"' not in to_html(manifest(), [report()])
+
+
+def test_native_figures_fit_the_terminal() -> None:
+    made, seen = sparse()
+    for width in (80, 140):
+        console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
+        console.print(table(made, [seen]))
+        text = console.export_text()
+        assert max(map(len, text.rstrip().splitlines())) <= width
+        assert "A onnx-int8: 6 calls a run, avx512_vnni; kept 0.48" in text
+        assert "by layer: 1.00 0.52 0.41 0.39 0.28 0.30" in text
 
 
 def test_json_is_one_document_with_every_sample() -> None:

@@ -75,7 +75,7 @@ def test_one_value_that_is_not_finite(task: wire.Task, bad: float) -> None:
 
 def test_rows_without_a_finite_value() -> None:
     found = score.fidelity(CLASSES, [[NAN, NAN]], [[1.0, 0.0]], [0])
-    assert found[1:] == (0.0, -1.0, 0.0, 1, "accuracy", 0.0, 1.0)  # NaN's argmax is 0, and no answer
+    assert found[1:] == (0.0, -1.0, 0.0, 1, "accuracy", 0.0, 1.0, {})  # NaN's argmax is 0, and no answer
 
 
 def test_accuracy() -> None:
@@ -83,6 +83,75 @@ def test_accuracy() -> None:
     assert score.metric(CLASSES, outputs, [1, 0, 0, 0]) == 0.75
     assert score.metric(CLASSES, outputs, np.float32([0, 1, 0, 1])) == 0
     assert score.metric(CLASSES, [[NAN, 1.0], *outputs[1:]], [0, 0, 0, 0]) == 0.5
+
+
+TOKENS = wire.Task("token_classification", "accuracy", False, ("O", "B"))
+SPAN = wire.Task("question_answering", "f1")
+NEXT = wire.Task("next_token", "accuracy")
+
+
+def test_tokens_are_judged_one_by_one() -> None:
+    """Rows of two and of three tokens: agreement counts tokens, accuracy those with a label."""
+    want = [np.array([[LOG3, 0.0], [0.0, LOG3]]), np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])]
+    got = [np.array([[LOG3, 0.0], [LOG3, 0.0]]), want[1]]
+    assert score.similarity(TOKENS, got, want) == pytest.approx([0.75, 1])
+    labels = [np.array([score.IGNORED, 0]), np.array([0, 1, score.IGNORED])]
+    found = score.fidelity(TOKENS, got, want, labels)
+    assert (found.measure, found.mean, found.worst, found.rows) == ("agreement", 0.8, pytest.approx(0.75), 2)
+    assert (found.value, found.reference) == (2 / 3, 1 / 3)
+    assert score.metric(TOKENS, got, [np.full(2, score.IGNORED), np.full(3, score.IGNORED)]) == 0
+    assert score.metric(TOKENS, [got[0] * NAN, got[1]], labels) == 1 / 3
+
+
+def answer(start: int, end: int, tokens: int = 8) -> Any:
+    logits = np.zeros((tokens, 2))
+    logits[start, 0] = logits[end, 1] = 5
+    return logits
+
+
+def test_ends_of_an_answer_are_distributions_over_the_tokens() -> None:
+    found = score.fidelity(SPAN, [answer(2, 4), answer(3, 3)], [answer(2, 5), answer(3, 3)])
+    assert (found.measure, found.mean, found.value) == ("agreement", 0.75, None)  # three of four ends
+    apart = (np.exp(5) - 1) / (np.exp(5) + 7)  # what one end has elsewhere
+    assert found.worst == pytest.approx(1 - apart / 2)
+
+
+def test_answers_are_texts() -> None:
+    """Question in tokens 0 and 1; the text is 'The red fox, a fox.' in tokens 2 to 7."""
+    context = "The red fox, a fox."
+    offsets = [[0, 0], [0, 0], [0, 3], [4, 7], [8, 11], [11, 12], [13, 14], [15, 18]]
+    label = score.answer_label(context, offsets, ["red fox", "the fox"])
+    exact = SPAN._replace(metric="exact_match")
+    assert score.metric(exact, [answer(2, 5)], [label]) == 1  # article and comma do not count
+    assert score.metric(exact, [answer(3, 3)], [label]) == 0
+    assert score.metric(SPAN, [answer(3, 3)], [label]) == pytest.approx(2 / 3)  # "red" of "red fox"
+    assert score.metric(SPAN, [answer(0, 1)], [label]) == score.metric(SPAN, [answer(2, 2)], [label]) == 0
+    assert score._span(answer(7, 3), np.array(offsets)) == (0, 7)  # an end before the start: the first best in order
+    found = score.fidelity(SPAN, [answer(2, 4)], [answer(3, 3)], [label])
+    assert (found.metric, found.value, found.reference) == ("f1", 1, pytest.approx(2 / 3))
+    assert found.also == {"exact_match": 1}
+    assert score.metric(SPAN, [answer(2, 4) * NAN], [label]) == 0
+    assert score.metric(SPAN, [answer(2, 4)], [score.answer_label("", [[0, 0]] * 8, ["fox"])]) == 0
+
+
+@pytest.mark.parametrize("text", ["An  Apple-pie.", "THE a an", "the theatre", "U.S. $3,000!"])
+def test_words_are_the_official_ones(text: str) -> None:
+    """As the official script does it: lower, punctuation, articles, white space."""
+    import re
+    import string
+
+    lowered = "".join(ch for ch in text.lower() if ch not in set(string.punctuation))
+    assert score._words(text) == " ".join(re.sub(r"\b(a|an|the)\b", " ", lowered).split()).split()
+
+
+def test_a_word_of_several_tokens_must_be_right_in_all() -> None:
+    rows = [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+    labels = [np.array([4, 1]), np.array([4, 0]), np.array([9, 0])]
+    assert score.groups(NEXT, 3, labels) == [4, 4, 9] and score.groups(PAIRS, 4, None) == [0, 0, 1, 1]
+    assert score.metric(NEXT, rows, labels) == 0.5
+    assert score.metric(NEXT, rows, [labels[0], np.array([4, 2]), labels[2]]) == 0
+    assert score.metric(NEXT, [rows[0], [NAN, 0.0, 0.0], rows[2]], labels) == 0
+    assert score.fidelity(NEXT, rows, rows[:2] + rows[1:2], labels).mean == pytest.approx(2 / 3)
 
 
 def test_spearman() -> None:
@@ -139,5 +208,5 @@ def test_rows_of_any_rank_are_vectors() -> None:
 
 
 def test_an_unknown_metric() -> None:
-    with pytest.raises(ValueError, match=r"no metric 'f1'; known: accuracy, spearman"):
-        score.metric(CLASSES._replace(metric="f1"), [[1.0]], [0])
+    with pytest.raises(ValueError, match=r"no metric 'bleu'; known: accuracy, exact_match, f1, macro_f1, mcc, pearson"):
+        score.metric(CLASSES._replace(metric="bleu"), [[1.0]], [0])

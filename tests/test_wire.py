@@ -102,7 +102,7 @@ def report() -> wire.Report:
         latency=latency,
         memory=wire.Memory(112.5, 61.0, 70.25),
         energy=wire.Energy("ina226", "trapezoid", 118.4, 61.3, 2.71, 12.0, 480, 512),
-        fidelity=wire.Fidelity("agreement", 0.99, 0.954, 3e-06, 32, "accuracy", 0.875, 0.88),
+        fidelity=wire.Fidelity("agreement", 0.99, 0.954, 3e-06, 32, "f1", 0.875, 0.88, {"exact_match": 0.75}),
         before={"governor": "ondemand", "temp_c": {"cpu-thermal": 47.2}, "charger": None},
         after=TRAPS,
         flags=("throttled", "evaluation_partial"),

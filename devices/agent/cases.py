@@ -3,15 +3,18 @@ The evaluation and golden cases of a bundle: rows of inputs of different lengths
 
 One .npz file, never pickled. A row has no batch axis. Rows of different shapes are stored flat:
 `input.<name>.values` (all rows, one after the other) and `input.<name>.shapes` (rows, axes).
-Outputs are stored the same way under `output.<name>`; `labels` is optional.
+Outputs are stored the same way under `output.<name>`. Labels are optional: `labels` where each is a number, else
+`label.labels` like the rows.
 """
 
 import io
 import zipfile
 import zlib
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
+
+from . import wire
 
 MAX_VALUES = 1 << 28  # refuse a file that claims more than a gigabyte of float32
 
@@ -23,7 +26,7 @@ class Cases(NamedTuple):
 
     rows: Tuple[Row, ...]
     outputs: Dict[str, Tuple[Any, ...]]
-    labels: Optional[Any]
+    labels: Optional[Sequence[Any]]  # numbers, or arrays
 
 
 def length(row):
@@ -31,6 +34,16 @@ def length(row):
     """Tokens of a row; 0 where the input has no sequence."""
     ids = row.get("input_ids")
     return 0 if ids is None else int(ids.shape[0])
+
+
+def padded(array, tensor, length):
+    # type: (Any, wire.Tensor, int) -> Any
+    """An input of a row, filled up on the right to a static length with its own padding value."""
+    if not length or -1 not in tensor.shape[1:]:
+        return array.astype(tensor.dtype, copy=False)
+    full = np.full((length,) + array.shape[1:], tensor.pad, tensor.dtype)
+    full[: array.shape[0]] = array
+    return full
 
 
 def dump(cases):
@@ -41,7 +54,9 @@ def dump(cases):
         _store(arrays, "input." + name, [row[name] for row in cases.rows])
     for name, outputs in sorted(cases.outputs.items()):
         _store(arrays, "output." + name, outputs)
-    if cases.labels is not None:
+    if cases.labels is not None and np.ndim(cases.labels[0]):
+        _store(arrays, "label.labels", cases.labels)
+    elif cases.labels is not None:
         arrays["labels"] = np.asarray(cases.labels, np.float32)
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
@@ -62,9 +77,10 @@ def load(path):
     outputs = {name[len("output.") :]: tuple(rows) for name, rows in lists.items() if name.startswith("output.")}
     if not inputs or len({len(rows) for rows in lists.values()}) != 1:
         raise ValueError("{}: inputs and outputs must have the same number of rows, at least one".format(path))
-    count, labels = len(next(iter(inputs.values()))), arrays.get("labels")
-    if labels is not None and labels.shape not in ((count,), (count / 2,)):
-        raise ValueError("{}: labels of shape {} for {} rows".format(path, labels.shape, count))
+    count, numbers = len(next(iter(inputs.values()))), arrays.get("labels")
+    if numbers is not None and numbers.shape not in ((count,), (count / 2,)):
+        raise ValueError("{}: labels of shape {} for {} rows".format(path, numbers.shape, count))
+    labels = lists.get("label.labels", numbers)
     rows = tuple({name: values[i] for name, values in inputs.items()} for i in range(count))
     return Cases(rows, outputs, labels)
 

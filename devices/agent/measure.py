@@ -116,7 +116,7 @@ def _golden(folder, manifest, entry, run):
 def _steady(folder, manifest, run, options, result, held_mb, journal):
     # type: (str, wire.Manifest, Run, Options, wire.Result, float, Optional[native.Journal]) -> wire.Result
     stored = cases.load(os.path.join(folder, manifest.cases.evaluation))
-    picked = _picked(len(stored.rows), options.rows, manifest.task.paired)
+    picked = _picked(score.groups(manifest.task, len(stored.rows), stored.labels), options.rows)
     rows = [stored.rows[i] for i in picked]
 
     def step(i):
@@ -143,14 +143,15 @@ def _steady(folder, manifest, run, options, result, held_mb, journal):
     )
 
 
-def _picked(count, most, paired):
-    # type: (int, Optional[int], bool) -> List[int]
-    """At most `most` rows, evenly spread; the two rows of a pair stay together."""
-    if most is None or most >= count:
-        return list(range(count))
-    size = 2 if paired else 1
-    groups, kept = count // size, max(1, most // size)
-    return [i * groups // kept * size + k for i in range(kept) for k in range(size)]
+def _picked(groups, most):
+    # type: (List[int], Optional[int]) -> List[int]
+    """At most `most` rows, evenly spread; those that are judged together stay together."""
+    if most is None or most >= len(groups):
+        return list(range(len(groups)))
+    numbers = sorted(set(groups))
+    kept = max(1, most * len(numbers) // len(groups))
+    chosen = {numbers[i * len(numbers) // kept] for i in range(kept)}
+    return [i for i, group in enumerate(groups) if group in chosen]
 
 
 def _energy(step, lengths, options):
@@ -172,5 +173,5 @@ def _fidelity(task, run, stored, picked):
     reference = [stored.outputs["reference"][i] for i in picked]
     labels = stored.labels
     if labels is not None:
-        labels = np.asarray(labels)[[i // 2 for i in picked[::2]] if task.paired else picked]
+        labels = [labels[i] for i in ([i // 2 for i in picked[::2]] if task.paired else picked)]
     return score.fidelity(task, outputs, reference, labels)

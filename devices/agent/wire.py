@@ -70,9 +70,10 @@ class Fidelity(NamedTuple):
     worst: float  # the least similar row
     max_abs: float  # largest absolute difference of any output value
     rows: int
-    metric: Optional[str] = None  # accuracy | spearman
+    metric: Optional[str] = None  # accuracy | f1 | macro_f1 | mcc | pearson | spearman
     value: Optional[float] = None
     reference: Optional[float] = None  # the same metric of the fp32 PyTorch model
+    also: Dict[str, float] = {}  # noqa: RUF012 (never changed); further metrics by name: exact_match beside f1
 
 
 class Runtime(NamedTuple):
@@ -114,8 +115,9 @@ class Entry(NamedTuple):
 class Task(NamedTuple):
     """What the outputs mean and how they are judged."""
 
-    kind: str  # embedding | classification | regression
-    metric: Optional[str] = None  # accuracy | spearman
+    # embedding | classification | regression | token_classification | question_answering | next_token
+    kind: str
+    metric: Optional[str] = None  # accuracy | f1 | macro_f1 | mcc | pearson | spearman
     paired: bool = False  # rows 2i and 2i+1 are compared with each other
     labels: Tuple[str, ...] = ()
 

@@ -1,5 +1,5 @@
 """
-Block-DSA in torch's standard operators with static shapes: rule 0 as a masked dense attention.
+Block-DSA in torch's standard operators: rule 0 as a masked dense attention, for static shapes and for symbolic ones.
 
 What a runtime computes that has no library of ours. It is written for LiteRT's XNNPACK: at most five axes, no mask of
 the size of the scores except a causal one, sizes padded to whole blocks inside. The same numbers as the definition, at
@@ -78,7 +78,7 @@ def dsa(
         keep = torch.maximum(keep, ((b.start.reshape(1, 1, 1, -1) <= last) & (ends > first)).to(q.dtype))
     if n_sink:
         keep = torch.maximum(keep, (b.start < n_sink * block_k).to(q.dtype).reshape(1, 1, 1, -1))
-    keep = (torch.ones_like(keep) if k_rows <= dense_below else keep) * candidate
+    keep = _all_if_short(keep, k_rows, dense_below) * candidate
     if min_blocks:
         keep = torch.maximum(keep, _heaviest(mass, candidate, b) * (1 - keep.amax(-1, keepdim=True)))
     out = _attend(q * (scale or dim**-0.5), k, v, keep, a, b, q_offset if causal else None)
@@ -87,7 +87,7 @@ def dsa(
 
 
 def _blocks(rows: int, size: int, length: Tensor) -> Blocks:
-    count = -(-rows // size)
+    count = (rows + size - 1) // size
     t = torch.arange(count * size, dtype=torch.float32)
     end = length.to(torch.float32).clamp(max=rows)
     valid = (t[None] < end[:, None]).to(torch.float32).reshape(len(length), count, size)
@@ -127,13 +127,23 @@ def _candidates(a: Blocks, b: Blocks, kv_len: Tensor, causal: int, offset: int) 
 
 
 def _scores(zq: Tensor, zk: Tensor, dist_bias: Tensor, sink_bias: Tensor, a: Blocks, b: Blocks, offset: int) -> Tensor:
-    reach, sinks = dist_bias.shape[1] // 2, min(sink_bias.shape[1], b.number)
+    reach = dist_bias.shape[1] // 2
     here = torch.floor((a.start + (offset + 0.5)) / b.size)  # floats: an integer division becomes ten operators
     j = torch.arange(b.number, dtype=torch.float32)
     at = ((j[None] - here[:, None]).clamp(-reach, reach) + reach).to(torch.int32).reshape(-1)
-    sink = pad(sink_bias[:, :sinks], (0, b.number - sinks))
+    sink = pad(sink_bias, (0, b.number))[:, : b.number]
     distance = dist_bias.index_select(1, at).reshape(1, -1, a.number, b.number)
     return zq @ zk.transpose(-1, -2) + distance + sink[None, :, None]
+
+
+def _all_if_short(keep: Tensor, rows: int | torch.SymInt, dense_below: int) -> Tensor:
+    """
+    The length may be a symbol while a graph of any length is traced: no branch then, which would fix it. What was
+    scored stays in the graph: a converter drops operands that nobody reads.
+    """
+    if isinstance(rows, int):
+        return torch.maximum(keep, torch.ones_like(keep)) if rows <= dense_below else keep
+    return torch.maximum(keep, (torch.full((), rows) <= dense_below).to(keep.dtype))
 
 
 def _mass(z: Tensor, candidate: Tensor) -> Tensor:

@@ -2,11 +2,10 @@
 Joint distillation: the weights of a sparse model learn to give what the dense one gives, on texts without labels.
 
     student = copy.deepcopy(dense); swap.install(student, ...)      # scorers trained, thresholds calibrated
-    distil(student, dense, rows, kept=0.25, recipe=Recipe(steps=400))
+    distil(student, dense, rows, kept=0.25, recipe=steps(400, len(rows)))
 
 What is matched: the output, and the hidden states after every block. Selection has no gradient; thresholds follow the
-model as its queries and keys move, so that the kept fraction stays where it was. One row is in memory at a time.
-Training is seeded, and resumes from its checkpoint with the bits of an uninterrupted run.
+model as its queries and keys move, so that the kept fraction stays where it was. The loop is `train.fit`.
 """
 
 from __future__ import annotations
@@ -14,45 +13,33 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ..errors import BadInput
+from ..train import Fitted, Recipe, fit
 from . import op, swap
-from .checkpoint import Checkpoint, digest
 from .reference import THRESHOLD
-from .scorer import Progress, RowInputs, quiet
+from .scorer import Progress, RowInputs, digest, quiet
 
 Tensor = torch.Tensor
-SAVE_EVERY = 50  # steps
+# One row at a time: rows of different lengths need no padding, and memory holds one of them. Rates of 1e-4 and above
+# made a sentence encoder worse at first.
+RECIPE = Recipe(batch=2, accumulate=2, rate=5e-5, warmup=0.05, weight_decay=0.0)
+# Of the output's error against that of the hidden states. Hidden states alone mislead: fitted to them by least squares,
+# tokens came closer to the dense model's while their mean, the sentence vector, moved away.
+OUTPUT = 4.0
 FOLLOW = 0.5  # of a deviation in the kept fraction, into the logarithm of theta
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """
-    AdamW with a warm-up and a cosine rate. `output`: weight of the output's error against that of the hidden states.
-    It is above 1 because hidden states alone mislead: fitted to them by least squares, tokens came closer to the dense
-    model's while their mean, the sentence vector, moved away. Rates of 1e-4 and above made MiniLM worse at first.
-    """
-
-    steps: int = 400
-    batch: int = 2
-    rate: float = 5e-5
-    warmup: float = 0.05
-    decay: float = 0.0
-    output: float = 4.0
-    clip: float = 1.0
-    bfloat16: bool = True  # linear layers only; attention stays float32. Faster where the CPU has the instructions
-    seed: int = 0
-
-
-class Distilled(NamedTuple):
-    losses: tuple[float, ...]  # of each step that this call ran
-    kept: float  # mean over the last tenth of them
+def steps(count: int, rows: int) -> Recipe:
+    """`RECIPE` for so many steps over so many rows."""
+    if count < 1 or rows < 1:
+        raise BadInput(f"distillation needs rows and steps, got {rows} rows and {count} steps")
+    return replace(RECIPE, epochs=count / -(-rows // RECIPE.batch))
 
 
 def distil(
@@ -60,96 +47,68 @@ def distil(
     teacher: torch.nn.Module,
     rows: Sequence[RowInputs],
     kept: float,
-    recipe: Recipe | None = None,
+    recipe: Recipe = RECIPE,
     *,
     checkpoint: str | Path | None = None,
     progress: Progress = quiet,
-) -> Distilled:
+) -> Fitted:
     """
     Trains `student` in place; embeddings and scorers stay as they are, but for theta under the threshold rule.
 
     rows: inputs of one forward each, with a batch axis of 1 and no padding. kept: the fraction of blocks to hold to.
     checkpoint: a file that a second call with the same models, rows and recipe goes on from.
     """
-    recipe = recipe or Recipe()
-    if not rows or recipe.steps < 1:
-        raise BadInput(f"distillation needs rows and steps, got {len(rows)} rows and {recipe.steps} steps")
-    learned: list[Tensor] = [x for name, x in student.named_parameters() if "embed" not in name]
-    thetas = [x.theta for x in swap.scorers(student)]
-    if not thetas:
+    if not rows or recipe.accumulate < recipe.batch:
+        raise BadInput(f"distillation takes rows, one at a time: got {len(rows)} rows, {recipe.accumulate=}")
+    if not swap.scorers(student):
         raise BadInput("the student has no sparse attention; install scorers before distillation")
-    optimizer = torch.optim.AdamW(learned, lr=recipe.rate, weight_decay=recipe.decay, fused=True)
-    random = torch.Generator().manual_seed(recipe.seed)
-    given = [x for row in rows for x in _tensors(row)]
-    made_of = digest(repr((recipe, kept)), [*given, *student.state_dict().values()]) if checkpoint else ""
-    saved = Checkpoint(Path(checkpoint) if checkpoint else None, made_of)
-    done = saved.resume([*learned, *thetas], optimizer, random)
-    losses, shares = [], []
-    with _trained(student, learned):
-        for step in range(done, recipe.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.rate * _rate(step, recipe)
-            picked = torch.randint(len(rows), (recipe.batch,), generator=random).tolist()
+    teacher_too = [*teacher.state_dict().values(), *(x for row in rows for x in _tensors(row))]
+    made_of = digest(repr(kept), [*teacher_too, *student.buffers()]) if checkpoint else ""
+
+    def loss(picked: Sequence[int]) -> Tensor:
+        student.eval()  # dropout is noise that the teacher does not have
+        total = torch.zeros(())
+        for i in picked:
             before = op.counters()
-            losses.append(_step(student, teacher, [rows[i] for i in picked], optimizer, recipe))
+            total = total + _distance(student, teacher, rows[i])
             after = op.counters()
-            shares.append((after.kept - before.kept) / max(after.candidates - before.candidates, 1))
-            _follow(student, shares[-1] - kept)
-            progress("distil", step + 1, recipe.steps)
-            if (step + 1) % SAVE_EVERY == 0 or step + 1 == recipe.steps:
-                saved.save(step + 1, [*learned, *thetas], optimizer, random)
-    last = shares[-max(len(shares) // 10, 1) :]
-    return Distilled(tuple(losses), sum(last) / max(len(last), 1))
+            share = (after.kept - before.kept) / max(after.candidates - before.candidates, 1)
+            _follow(student, (share - kept) / recipe.batch)
+        return total / len(picked)
 
-
-def _rate(step: int, recipe: Recipe) -> float:
-    rising = (step + 1) / max(recipe.warmup * recipe.steps, 1)
-    return min(rising, (1 + math.cos(math.pi * step / recipe.steps)) / 2)
+    lengths = [_tensors(row)[0].shape[1] for row in rows]
+    with _trained(student):
+        return fit(
+            student, lengths, loss, recipe, checkpoint=checkpoint, made_of=made_of, what="distil", progress=progress
+        )
 
 
 def _follow(student: torch.nn.Module, excess: float) -> None:
     for x in swap.scorers(student):
         if x.config.rule == THRESHOLD:
-            x.theta.mul_(math.exp(FOLLOW * excess))
+            x.theta = x.theta * math.exp(FOLLOW * excess)  # another tensor: the gradient selects by the one it had
 
 
 @contextmanager
-def _trained(student: torch.nn.Module, learned: list[Tensor]) -> Iterator[None]:
-    before = [(x, x.requires_grad) for x in student.parameters()]
-    for x, _ in before:
-        x.requires_grad_(False)
-    for y in learned:
-        y.requires_grad_(True)
+def _trained(student: torch.nn.Module) -> Iterator[None]:
+    """All of it but the embeddings, which hardly see attention, has a gradient for a while."""
+    before = [(name, x, x.requires_grad) for name, x in student.named_parameters()]
+    for name, x, _ in before:
+        x.requires_grad_("embed" not in name)
     try:
         yield
     finally:
-        for x, needed in before:
+        for _, x, needed in before:
             x.requires_grad_(needed)
             x.grad = None
 
 
-def _step(
-    student: torch.nn.Module,
-    teacher: torch.nn.Module,
-    rows: Sequence[RowInputs],
-    optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
-) -> float:
-    """Gradients are summed row by row: rows of different lengths need no padding, and memory holds one of them."""
-    optimizer.zero_grad()
-    total = 0.0
-    for row in rows:
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
-            with torch.no_grad():
-                want, want_hidden = traced(teacher, row)
-            got, got_hidden = traced(student, row)
-        hidden = torch.stack([_error(a, b) for a, b in zip(got_hidden, want_hidden, strict=True)]).mean()
-        loss = (hidden + recipe.output * _error(got, want)) / len(rows)
-        torch.autograd.backward(loss)
-        total += float(loss.detach())
-    torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], recipe.clip)
-    optimizer.step()
-    return total
+def _distance(student: torch.nn.Module, teacher: torch.nn.Module, row: RowInputs) -> Tensor:
+    with torch.no_grad():
+        want, want_hidden = traced(teacher, row)
+    got, got_hidden = traced(student, row)
+    hidden = torch.stack([_error(a, b) for a, b in zip(got_hidden, want_hidden, strict=True)]).mean()
+    return hidden + OUTPUT * _error(got, want)
 
 
 def _error(got: Tensor, want: Tensor) -> Tensor:

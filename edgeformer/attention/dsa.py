@@ -17,7 +17,7 @@ import torch
 
 from . import op
 from .op import Parameters
-from .reference import THRESHOLD, TOP_K, Config, blocks
+from .reference import LAST_ROWS, THRESHOLD, TOP_K, Config, blocks
 
 Tensor = torch.Tensor
 RANK, DIST, SINKS = 16, 32, 1
@@ -73,12 +73,16 @@ class Scorer(torch.nn.Module):
 def masked(
     config: Config, q: Tensor, k: Tensor, lengths: Tensor | None, causal: bool
 ) -> tuple[Config, tuple[Tensor | None, Tensor | None]]:
-    """The call's config and its q_len and kv_len: in a decode or chunk the queries are the last of the keys' rows."""
+    """
+    The call's config and its q_len and kv_len: in a decode or chunk the queries are the last of the keys' rows. Where
+    they start is a number here, and `LAST_ROWS` in a graph with free lengths: it differs from call to call.
+    """
     if q.shape[2] == k.shape[2]:
         return replace(config, causal=int(causal)), (lengths, lengths)
     offset = k.shape[2] - q.shape[2] if causal else 0
     rows = None if lengths is None else (lengths - offset).clamp(0, q.shape[2]).to(torch.int32)
-    return replace(config, causal=int(causal), q_offset=offset), (rows if causal else None, lengths)
+    known = offset if isinstance(offset, int) else LAST_ROWS
+    return replace(config, causal=int(causal), q_offset=known), (rows if causal else None, lengths)
 
 
 def fresh(

@@ -49,11 +49,11 @@ _BODY = """
   lowest = Constant <value_float = -3.4e38> ()
   highest = Constant <value_float = 3e38> ()
   tiny = Constant <value_float = 1e-37> ()
-  nowhere = Constant <value_int = 1099511627776> ()
+  nowhere = Constant <value_int = 1073741824> ()
   nowhere_before = Sub (nowhere, one)
   bq = Constant <value_int: int = @block_q> ()
   bk = Constant <value_int: int = @block_k> ()
-  offset = Constant <value_int: int = @q_offset> ()
+  offset_given = Constant <value_int: int = @q_offset> ()
   sinks_kept = Constant <value_int: int = @n_sink> ()
   dense_rows = Constant <value_int: int = @dense_below> ()
   causal_int = Constant <value_int: int = @causal> ()
@@ -83,6 +83,11 @@ _BODY = """
   nk_up = Add (nk, bk)
   nk_end = Sub (nk_up, one)
   k_blocks = Div (nk_end, bk)
+
+  # Where the queries start; below 0 they are the last of the keys' rows.
+  rows_before = Sub (nk, nq)
+  are_last = Less (offset_given, zero)
+  offset = Where (are_last, rows_before, offset_given)
 
   # Positions t, u of rows; blocks i, j; the block of each row.
   t = Range (zero, nq, one)

@@ -16,6 +16,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ import torch
 
 from ..errors import BadInput
 from . import kernel
-from .reference import Config
+from .reference import LAST_ROWS, Config
 
 NAMESPACE = "edgeformer"
 _ATTRIBUTES = (
@@ -37,7 +38,11 @@ _ATTEND = (
     f"Tensor idx, Tensor cnt, {_LENGTHS}, *, int block_q=64, int block_k=64, int causal=0, int q_offset=0, "
     "int compute=0, float scale=0.0"
 )
-SCHEMA = f"dsa(Tensor q, Tensor k, Tensor v, {_SCORER}, {_LENGTHS}, *, {_ALL}) -> Tensor"
+_OPERANDS = f"Tensor q, Tensor k, Tensor v, {_SCORER}, {_LENGTHS}, *, {_ALL}"
+SCHEMA = f"dsa({_OPERANDS}) -> Tensor"
+SCHEMA_OUT = (
+    f"dsa.out({_OPERANDS}, Tensor(a!) out) -> Tensor(a!)"  # what ExecuTorch makes of the call; it has no torch kernel
+)
 SCHEMA_SELECT = f"dsa_select(Tensor q, Tensor k, {_SCORER}, {_LENGTHS}, *, {_ATTRIBUTES}) -> (Tensor idx, Tensor cnt)"
 SCHEMA_ATTEND = f"dsa_attend(Tensor q, Tensor k, Tensor v, {_ATTEND}) -> Tensor"
 SCHEMA_BACKWARD = (
@@ -142,7 +147,7 @@ def _dsa(
     compute: int = kernel.F32,
     **attributes: Any,
 ) -> Tensor:
-    config = Config(**attributes)
+    config = _placed(attributes, q, k)
     scorer = _scorer(config, q, k, wq, wk, dist_bias, sink_bias, theta)
     q, k, v = _operands(q, k, v)
     out, kept = q.new_empty(q.shape), (ctypes.c_int64 * 2)()
@@ -170,7 +175,7 @@ def _select(
     kv_len: Tensor | None = None,
     **attributes: Any,
 ) -> tuple[Tensor, Tensor]:
-    config = Config(**attributes)
+    config = _placed(attributes, q, k)
     scorer = _scorer(config, q, k, wq, wk, dist_bias, sink_bias, theta)
     q, k, _ = _operands(q, k, k)
     shape = _list_shape(q, k, config)
@@ -199,13 +204,19 @@ def _attend(
     compute: int = kernel.F32,
     **attributes: Any,
 ) -> Tensor:
-    config = _listed(Config(**attributes), q, k, idx, cnt)
+    config = _listed(_placed(attributes, q, k), q, k, idx, cnt)
     q, k, v = _operands(q, k, v)
     idx, cnt, out = idx.contiguous(), cnt.contiguous(), q.new_empty(q.shape)
     inputs = (_tensor(q), _tensor(k), _tensor(v), _pointer(idx), _pointer(cnt), _lengths(q, q_len, kv_len))
     _call("dsa_attend", kernel.config(config, q, k, None, compute), inputs, _output(out), (q_len, kv_len))
     _tally.add()
     return out
+
+
+def _placed(attributes: dict[str, Any], q: Tensor, k: Tensor) -> Config:
+    """The call's config: where the queries are the last of the keys' rows, the shapes say where they start."""
+    config = Config(**attributes)
+    return replace(config, q_offset=k.shape[2] - q.shape[2]) if config.q_offset == LAST_ROWS else config
 
 
 def _call(
@@ -354,7 +365,7 @@ def _attend_backward(
     from . import dsa
 
     del compute
-    config, aten = Config(**attributes), torch.ops.aten
+    config, aten = _placed(attributes, q, k), torch.ops.aten
     kept = dsa.from_lists(idx, cnt, _ceil(k.shape[2], config.block_k))
     scale, group = config.scale or q.shape[3] ** -0.5, q.shape[1] // k.shape[1]
     keys, values = (dsa.only_valid(x, kv_len).repeat_interleave(group, 1) for x in (k, v))
@@ -448,3 +459,4 @@ _define(SCHEMA_BACKWARD, _attend_backward, _backward_fake, _no_second_gradient, 
 _define(SCHEMA_SELECT, _select, _select_fake)
 _define(SCHEMA_ATTEND, _attend, _same_shape, _attend_gradient, 7)
 _define(SCHEMA, _dsa, _same_shape, _dsa_gradient, 10)
+torch.library.define(f"{NAMESPACE}::dsa.out", SCHEMA_OUT.removeprefix("dsa.out"))

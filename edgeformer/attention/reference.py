@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 THRESHOLD, TOP_P, TOP_K = 0, 1, 2
+LAST_ROWS = -1  # as q_offset: the queries are the last of the keys' rows
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Config:
     force_diag: int = 1
     n_sink: int = 0
     causal: int = 0
-    q_offset: int = 0  # absolute position of query row 0
+    q_offset: int = 0  # absolute position of query row 0; runtimes resolve LAST_ROWS by the shapes of a call
     select_per_kv: int = 0
     dense_below: int = 0
 

@@ -11,8 +11,9 @@ from its checkpoint with the bits of an uninterrupted run.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import BadInput
+from ..train import read, write
 from . import dsa, swap
-from .checkpoint import Checkpoint, digest
 from .op import Parameters
 from .reference import THRESHOLD, TOP_K, TOP_P, Config, blocks
 
@@ -228,11 +229,11 @@ def train(
     now = _parameters(learned, torch.zeros(0))
     optimizer = torch.optim.Adam(learned, lr=recipe.rate)
     data = (stats.lengths, stats.qm, stats.km, stats.mass)
-    made_of = digest(repr((stats.config, recipe)), data) if checkpoint else ""
-    saved = Checkpoint(Path(checkpoint) if checkpoint else None, made_of)
+    file = Path(checkpoint) if checkpoint else None
+    made_of = digest(repr((stats.config, recipe)), data) if file else ""
     with torch.no_grad():
         first_kl = float(divergence(stats.of(slice(CALIBRATION_ROWS)), now))
-    done = saved.resume(learned, optimizer, random)
+    done = _resume(file, made_of, learned, optimizer, random) if file and file.exists() else 0
     for step in range(done, recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate * (1 + math.cos(math.pi * step / recipe.steps)) / 2
@@ -242,8 +243,8 @@ def train(
         torch.autograd.backward(loss)
         optimizer.step()
         progress("train scorers", step + 1, recipe.steps)
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == recipe.steps:
-            saved.save(step + 1, learned, optimizer, random)
+        if file and ((step + 1) % SAVE_EVERY == 0 or step + 1 == recipe.steps):
+            _save(file, made_of, step + 1, learned, optimizer, random)
     with torch.no_grad():
         kl = float(divergence(stats.of(slice(CALIBRATION_ROWS)), now))
     selecting = stats.km.shape[2] if stats.config.select_per_kv else heads
@@ -253,6 +254,42 @@ def train(
 def _parameters(learned: Sequence[Tensor], theta: Tensor) -> Parameters:
     wq, wk, dist_bias, sink_bias = learned
     return Parameters(wq, wk, dist_bias, sink_bias, theta)
+
+
+def digest(about: str, tensors: Iterable[Tensor]) -> str:
+    """Of what training depends on."""
+    found = hashlib.sha256(about.encode())
+    for x in tensors:
+        found.update(repr((x.dtype, tuple(x.shape))).encode())
+        found.update(x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _save(
+    path: Path,
+    made_of: str,
+    step: int,
+    learned: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    random: torch.Generator,
+) -> None:
+    tensors = {"random": random.get_state()}
+    for i, x in enumerate(learned):
+        tensors |= {f"{i}.value": x.detach()} | {f"{i}.{name}": value for name, value in optimizer.state[x].items()}
+    write(path, tensors, {"made_of": made_of, "step": str(step)})
+
+
+def _resume(
+    path: Path, made_of: str, learned: list[Tensor], optimizer: torch.optim.Optimizer, random: torch.Generator
+) -> int:
+    """Steps that are already done."""
+    saved, facts = read(path, made_of)
+    for i, x in enumerate(learned):
+        mine = {name.split(".")[1]: value for name, value in saved.items() if name.startswith(f"{i}.")}
+        x.data.copy_(mine.pop("value"))
+        optimizer.state[x] = mine
+    random.set_state(saved["random"])
+    return int(facts["step"])
 
 
 # --- calibration ------------------------------------------------------------------------------------------------------
@@ -268,6 +305,15 @@ def calibrate(stats: Statistics, parameters: Parameters, budget: float, *, per_h
     stats = stats.of(slice(CALIBRATION_ROWS))
     with torch.no_grad():
         return settle(stats, masses(stats, parameters), budget, per_head=per_head)
+
+
+def kept_by_layer(stats: Statistics, parameters: Parameters) -> tuple[float, ...]:
+    """Shares of the candidates that the parameters' own thresholds keep, at the length of these statistics."""
+    with torch.no_grad():
+        p = masses(stats, parameters)
+    total = stats.plan.candidates.expand_as(p).sum((0, 2, 3, 4))
+    kept = dsa.choose(replace(stats.config, dense_below=0), p, stats.plan, parameters.theta, 0).sum((0, 2, 3, 4))
+    return tuple((kept / total.clamp(min=1)).tolist())
 
 
 def calibrated_on(stats: Statistics, budget: float) -> Tensor:

@@ -3,8 +3,8 @@ One module per artifact format. This folder is the registry: `onnx.py` is the fo
 
 A format module offers one constant and one function:
 
-    PRECISIONS = ("int8", "fp32")  # what it writes, of `build.PRECISIONS`; the first by default
-    def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[Program]
+    PRECISIONS = ("int8", "fp32")  # what it writes, of `plan.PRECISIONS`; the first by default
+    def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]
 
 It traces the model once, writes a program for each precision with its own runtime's quantizer, and
 counts the work on what it wrote. It imports its tool chain at its own top, so a missing one costs only its own users.
@@ -18,7 +18,7 @@ from types import ModuleType
 
 from ..errors import MissingExtra, UnknownFormat
 
-PLANNED = ("coreml", "executorch", "tensorrt")  # profiles may name them; this version does not build them
+PLANNED = ()  # profiles may name such formats; this version does not build them
 
 
 def names() -> list[str]:

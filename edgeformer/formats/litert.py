@@ -24,8 +24,7 @@ from litert_torch.backend.composite.stablehlo_composite_builder import StableHLO
 
 from edgeformer_agent import wire
 
-from ..attention import composite
-from ..device import Device
+from ..attention import composite, cost
 from ..errors import ExportError
 from ..model import Model
 from ..program import Program
@@ -38,12 +37,12 @@ COMPOSITE, COMPOSITE_VERSION = "edgeformer.dsa", 1
 _RULES = ("rule", "min_blocks", "max_blocks")
 
 
-def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[Program]:
+def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     """
     Static shapes, batch 1: a signature `length_N` for each of `model.lengths`, `length_0` where there is no sequence.
     Raises ExportError with the converter's own words.
     """
-    fp32 = _fp32(model)
+    fp32, kept = _fp32(model), cost.calibrated(model.history)
     for precision in precisions:
         packed = _share(_int8(fp32) if precision == "int8" else fp32)
         yield Program(
@@ -54,8 +53,8 @@ def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[
             outputs=(model.output,),
             lengths=model.lengths,
             runtime=RUNTIME,
-            needs=wire.Needs(glibc=GLIBC if device.glibc else None),
-            work=_work(packed),
+            needs=wire.Needs(glibc=GLIBC),
+            work=_work(packed, kept),
             sparse=COMPOSITE.encode() in packed,
         )
 
@@ -171,26 +170,26 @@ def _lay_out(contents: list[bytes]) -> tuple[list[int], bytes]:
     return places, bytes(blob)
 
 
-def _work(data: bytes) -> tuple[wire.Work, ...]:
+def _work(data: bytes, kept: cost.Kept) -> tuple[wire.Work, ...]:
     """Counted on the operators of each signature. A multiply-add is two operations."""
     model = schema.ModelT.InitFromPackedBuf(data, 0)
     counted = []
     for signature in model.signatureDefs:
         length = int(signature.signatureKey.decode().removeprefix("length_"))
-        counted.append(_graph_work(model, model.subgraphs[signature.subgraphIndex], length))
+        counted.append(_graph_work(model, model.subgraphs[signature.subgraphIndex], length, kept))
     return tuple(sorted(counted))
 
 
-def _graph_work(model: Any, graph: Any, length: int) -> wire.Work:
+def _graph_work(model: Any, graph: Any, length: int, kept: cost.Kept) -> wire.Work:
     builtin, kinds = schema.BuiltinOperator, schema.TensorType
     products = (builtin.FULLY_CONNECTED, builtin.BATCH_MATMUL, builtin.CONV_2D)
     work = {False: 0.0, True: 0.0}
     weight_bytes = activation_bytes = 0.0
     for operator in graph.operators:
         code = model.operatorCodes[operator.opcodeIndex]
-        if _is_composite(operator):  # as if dense: how much is kept depends on the input
-            q, k = (graph.tensors[i].shape for i in operator.inputs[:2])
-            work[False] += 4.0 * prod(q) * int(k[2])
+        if _is_composite(operator):
+            q, k, _v, wq = ([int(n) for n in graph.tensors[i].shape] for i in operator.inputs[:4])
+            work[False] += cost.operations(q, k, wq[2], kept)
             activation_bytes += 4.0 * (2 * prod(q) + 2 * prod(k))
             continue
         if max(code.builtinCode, code.deprecatedBuiltinCode) not in products:

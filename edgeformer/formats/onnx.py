@@ -8,99 +8,42 @@ runs with or without our library (see `attention.onnx_function`).
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from math import prod
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx
-import onnxruntime
-import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from edgeformer_agent import wire
 
+from .. import onnx_graph
 from ..attention import onnx_function
-from ..device import Device
-from ..errors import ExportError
 from ..model import Model
 from ..program import Program
 
-OPSET = onnx_function.OPSET  # 20: the first with Gelu as one operator; ONNX Runtime >= 1.17 opens it
-IR_VERSION = 9  # the exporter's newer one would shut out ONNX Runtime 1.17
 PRECISIONS = ("int8", "fp32")
 RUNTIME = wire.Runtime("onnxruntime", "1.17", "2")
 GLIBC = "2.28"  # read from the library's symbols
 QUANTIZED = ["MatMul", "Gemm", "Gather"]  # Gather: the embedding tables, half of a small encoder
-PRODUCTS = ("MatMul", "Gemm", "MatMulInteger", "Conv", "ConvInteger", onnx_function.NAME)
-DTYPES = {"tensor(int32)": np.int32, "tensor(int64)": np.int64, "tensor(float)": np.float32}
 
 
-def export(model: Model, device: Device, precisions: Sequence[str]) -> Iterator[Program]:
+def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     """One file each, any batch, any length up to `model.max_length`. Raises ExportError in the exporter's own words."""
-    fp32 = _fp32(model)
+    fp32 = onnx_graph.trace(model, "onnx")
     for precision in precisions:
         proto = _int8(fp32) if precision == "int8" else fp32
         yield Program(
             format="onnx",
             precision=precision,
             files={"model.onnx": proto.SerializeToString(deterministic=True)},
-            inputs=model.inputs,
-            outputs=(model.output,),
+            inputs=onnx_graph.inputs(model),
+            outputs=onnx_graph.outputs(model),
             lengths=(),
             runtime=RUNTIME,
-            needs=wire.Needs(glibc=GLIBC if device.glibc else None),
-            work=_work(proto, (1, *model.lengths) if model.lengths else (0,)),
+            needs=wire.Needs(glibc=GLIBC),
+            work=onnx_graph.work(proto, model),
             sparse=onnx_function.present(proto),
         )
-
-
-def _fp32(model: Model) -> onnx.ModelProto:
-    batch = torch.export.Dim("batch", min=1, max=1024)
-    sequence = torch.export.Dim("sequence", min=1, max=max(model.max_length, 2))
-    shapes = tuple({0: batch} | {i: sequence for i, n in enumerate(x.shape) if n < 0 and i} for x in model.inputs)
-    # Two rows, and a length that is neither 1 nor the maximum, so that no dimension is taken for a constant.
-    example = model.example(min(16, max(model.max_length - 1, 2)), batch=2)
-    try:
-        with torch.no_grad():
-            graph = torch.export.export(model.module, example, dynamic_shapes=(shapes,), strict=False)
-            exported = torch.onnx.export(
-                graph,
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=[x.name for x in model.inputs],
-                output_names=[model.output.name],
-                custom_translation_table=_translations(),
-                verbose=False,
-            )
-    except Exception as error:
-        raise ExportError(f"onnx: {model.name} does not export: {type(error).__name__}: {error}") from error
-    if exported is None:
-        raise ExportError(f"onnx: {model.name}: the exporter returned nothing")
-    proto = exported.model_proto
-    _strip(proto)
-    onnx_function.attach(proto)
-    return proto
-
-
-def _translations() -> dict[Any, Callable[..., Any]]:
-    """torch operator -> what writes its ONNX node. The operator exists once a pass has put it into a model."""
-    known = hasattr(torch.ops.edgeformer, "dsa")
-    return {torch.ops.edgeformer.dsa.default: onnx_function.node} if known else {}
-
-
-def _strip(proto: onnx.ModelProto) -> None:
-    """Only what a runtime reads: the exporter's stack traces name the machine that built it."""
-    proto.ir_version = IR_VERSION
-    proto.producer_name = "edgeformer"
-    proto.producer_version = ""
-    del proto.metadata_props[:], proto.graph.metadata_props[:]
-    # Stale shapes make the quantizer fail on classification heads ("Inferred shape and existing shape differ").
-    del proto.graph.value_info[:]
-    for item in (*proto.graph.node, *proto.graph.input, *proto.graph.output, *proto.graph.initializer):
-        del item.metadata_props[:]
-        item.doc_string = ""
 
 
 def _int8(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -109,50 +52,5 @@ def _int8(proto: onnx.ModelProto) -> onnx.ModelProto:
         path = Path(folder) / "int8.onnx"
         quantize_dynamic(proto, path, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=QUANTIZED)
         quantized = onnx.load(path)
-    _strip(quantized)
+    onnx_graph.strip(quantized)
     return quantized
-
-
-def _work(proto: onnx.ModelProto, lengths: tuple[int, ...]) -> tuple[wire.Work, ...]:
-    """
-    Counted on the program itself: it runs once per length with its matrix products' operands as outputs, because shape
-    inference stops at the computed shapes of a dynamic graph. A multiply-add is two operations.
-    """
-    graph = onnx.ModelProto()
-    graph.CopyFrom(proto)
-    weights = {w.name: w for w in graph.graph.initializer}
-    products = [node for node in graph.graph.node if node.op_type in PRODUCTS]
-    seen = {name for node in products for name in (node.input[0], node.input[1], node.output[0]) if name not in weights}
-    known = {value.name for value in (*graph.graph.output, *graph.graph.input)}
-    graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(seen - known))
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # keeps every name
-    session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return tuple(_work_at(session, products, weights, n) for n in lengths)
-
-
-def _work_at(session: Any, products: list[Any], weights: dict[str, Any], length: int) -> wire.Work:
-    feed = {
-        x.name: np.ones(
-            [d if isinstance(d, int) else (length if i else 1) for i, d in enumerate(x.shape)], DTYPES[x.type]
-        )
-        for x in session.get_inputs()
-    }
-    names = [x.name for x in session.get_outputs()]
-    shapes = {name: array.shape for name, array in zip(names, session.run(names, feed), strict=True)}
-    shapes |= {name: array.shape for name, array in feed.items()} | {n: tuple(w.dims) for n, w in weights.items()}
-    work = {False: 0.0, True: 0.0}
-    weight_bytes = activation_bytes = 0.0
-    for node in products:
-        left, right, out = (shapes[name] for name in (*node.input[:2], node.output[0]))
-        if node.op_type == onnx_function.NAME:  # as if dense: how much is kept depends on the input
-            work[False] += 4.0 * prod(left) * right[2]
-            activation_bytes += 4.0 * (2 * prod(left) + 2 * prod(right))
-            continue
-        depth = prod(right[1:]) if node.op_type.startswith("Conv") else prod(left) // prod(out[:-1])
-        work["Integer" in node.op_type] += 2.0 * prod(out) * depth
-        stored = weights.get(node.input[1])
-        item = onnx.helper.tensor_dtype_to_np_dtype(stored.data_type).itemsize if stored is not None else 4
-        weight_bytes += prod(right) * item * (stored is not None)
-        activation_bytes += 4.0 * (prod(left) + prod(out) + prod(right) * (stored is None))
-    return wire.Work(length, work[False], work[True], weight_bytes, activation_bytes)

@@ -5,7 +5,7 @@ Dynamic sparse attention: each layer reads only the key blocks that its scorer e
 
 Trains the scorers on the rows given, finds the thresholds that keep `budget` of the blocks at their length, and swaps
 the attention. The model's own weights change only with `distil`, which small budgets need: they then learn to give with
-sparse attention what the dense model gives. It pays from about a thousand tokens on; below `dense_below` tokens, and in
+sparse attention what the dense model gives. At lengths where that would not be faster than dense, and in
 layers that would keep nearly everything, attention stays dense.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,19 @@ import torch
 
 from edgeformer_agent import wire
 
-from ..attention import distil as distillation, scorer, swap
+from ..attention import cost, distil as distillation, scorer, swap
 from ..attention.op import Parameters
 from ..attention.reference import THRESHOLD, Config
 from ..errors import BadInput
 from ..model import Model
+from ..train import Recipe
 from . import Pass
 
-DENSE_BELOW = 256
+DENSE_BELOW = 256  # with fewer blocks than these there is next to nothing to choose from
 # Calibrated kept fraction above which a layer is dense: scoring would cost more than it saves (spec, section 12).
 DENSE_ABOVE = {0: 0.85, 1: 0.75}
 MOST_ROWS = 100  # for scorers
+LENGTH_ROWS = 8  # on which a shorter length is judged
 FEWEST_BLOCKS = 4  # of the longest row; with fewer there is nothing to choose from
 
 Rows = Sequence[str] | Sequence[Mapping[str, np.ndarray]]
@@ -48,9 +50,9 @@ def dsa(
     rule: int = THRESHOLD,
     per_head: bool = False,
     int8: bool = False,
-    dense_below: int = DENSE_BELOW,
+    dense_below: int | None = None,
     recipe: scorer.Recipe | None = None,
-    distil: int | distillation.Recipe = 0,
+    distil: int | Recipe = 0,
     checkpoint: str | Path | None = None,
     progress: scorer.Progress = scorer.quiet,
 ) -> Pass:
@@ -59,117 +61,132 @@ def dsa(
     budget: fraction of blocks to keep. buckets: shorter lengths to calibrate as well (`swap.for_length`).
     block: tokens a side, 32 (finer) or 64 (faster). rule: reference.THRESHOLD, TOP_P or TOP_K.
     per_head: a budget a head instead of one threshold for all. int8: attention in int8 as well.
+    dense_below: rows of up to so many tokens are dense; by default those that sparse attention would not make faster,
+    by what it keeps of the given rows cut to each of the model's lengths.
     recipe: of the scorer training; by default the one for encoders or for decoders.
-    distil: steps of joint distillation, or its whole recipe. It uses all of the long rows, the scorers the first 100.
+    distil: steps of joint distillation, or its whole recipe; on all of the long rows, where scorers take the first 100.
     checkpoint: a file from which interrupted training goes on; that of the distillation is beside it, with `.distil`.
     """
     if not 0 < budget <= 1:
         raise BadInput(f"budget {budget} must be above 0 and at most 1: the fraction of blocks to keep")
-    base = Config(block_q=block, block_k=block, rule=rule, dense_below=dense_below)
-    steps = distillation.Recipe(steps=distil) if isinstance(distil, int) else distil
+    compute = int(int8)
+    base = Config(block_q=block, block_k=block, rule=rule, dense_below=dense_below or 0)
 
     def run(model: Model) -> Model:
         longest = min(length or model.max_length, model.max_length or length)
-        given, module = _inputs(model, rows, longest, block), copy.deepcopy(model.module)
-        tokens = 0 if model.lengths else length
-        goal = _Goal(budget, per_head, _with_sink(base, module), int(int8), given[:MOST_ROWS], tokens, progress)
-        stats = scorer.collect(module, goal.rows, goal.config, progress, tokens)
+        given = _inputs(model, rows, longest, block)
+        module = copy.deepcopy(model.module)
+        config = _with_sink(base, module)
+        few, tokens = given[:MOST_ROWS], 0 if model.lengths else length
+        stats = scorer.collect(module, few, config, progress, tokens)
         trained = scorer.train(stats, recipe, checkpoint=checkpoint, progress=progress)
-        most = int(stats.lengths.max())
-        by_length = {most: scorer.calibrate(stats, trained.parameters, budget, per_head=per_head)}
-        for n in sorted(n for n in buckets if model.lengths and n < most):
-            by_length[n] = _calibrated(module, trained.parameters, goal, n)
-        dense = _install(module, trained.parameters, by_length, most, goal)
-        distilled: dict[str, Any] = {}
-        if steps.steps and len(dense) < len(by_length[most].kept_by_layer):
-            kept, files = _over_sparse(by_length[most], dense), f"{checkpoint}.distil" if checkpoint else None
-            long = _long_enough(given, tokens, dense_below)
-            told = distillation.distil(module, model.module, long, kept, steps, checkpoint=files, progress=progress)
-            for n in by_length:  # the model has moved, and a layer's inputs are now those of a sparse model
-                swap.for_length(module, n)
-                by_length[n] = _calibrated(module, trained.parameters, goal, n)
-            swap.set_thetas(module, {n: x.theta for n, x in by_length.items()})
-            distilled = {"distilled": asdict(steps) | {"rows": len(long), "kept": round(told.kept, 4)}}
-        facts = _facts(goal, trained, by_length, most, dense) | distilled
-        return model.after("sparsify.dsa", module, facts=facts)
+        found = scorer.calibrate(stats, trained.parameters, budget, per_head=per_head)
+        thetas = {int(stats.lengths.max()): found.theta}
+        for bucket in sorted(n for n in buckets if model.lengths and n < max(thetas)):
+            part = scorer.collect(module, [tuple(x[:, :bucket] for x in row) for row in few], config, progress)
+            thetas[bucket] = scorer.calibrate(part, trained.parameters, budget, per_head=per_head).theta
+        dense = [n for n, kept in enumerate(found.kept_by_layer) if kept > DENSE_ABOVE[compute]]
+        parameters = trained.parameters._replace(theta=found.theta)
+        by_length = _kept_by_length(model, module, few, stats, parameters, set(dense))
+        if dense_below is None:
+            config = replace(config, dense_below=cost.dense_below(by_length, compute, DENSE_BELOW))
+        _install(module, parameters, set(dense), config, compute)
+        learned: dict[str, Any] = {}
+        if len(dense) < len(found.kept_by_layer):
+            swap.set_thetas(module, thetas)
+            if distil:
+                share = sum(x for n, x in enumerate(found.kept_by_layer) if n not in dense)
+                learned = _distilled(
+                    module, model.module, _longer(given, tokens, config.dense_below),
+                    share / (len(found.kept_by_layer) - len(dense)), distil, checkpoint, progress,
+                )  # fmt: skip
+                again = _recalibrated(module, few, tokens, config, trained.parameters, list(thetas), budget, per_head)
+                found, thetas = again[max(again)], {n: x.theta for n, x in again.items()}
+                swap.set_thetas(module, thetas)
+        kept = [1.0 if n in dense else round(x, 4) for n, x in enumerate(found.kept_by_layer)]
+        facts = {
+            "budget": budget,
+            "kept": round(sum(kept) / len(kept), 4),
+            "kept_by_layer": kept,
+            "kept_by_length": {str(n): round(share, 4) for n, share in sorted(by_length.items())},
+            "mass_kept": round(found.recall, 4),
+            "dense_layers": dense,
+            "theta": {str(n): _thetas(theta) for n, theta in sorted(thetas.items())},
+            "rows": len(few),
+            "kl": round(trained.kl, 5),
+            "kl_untrained": round(trained.first_kl, 5),
+            "rule": rule,
+            "block": block,
+            "rank": trained.parameters.wq.shape[-1],
+            "dense_below": config.dense_below,
+            "attention": "int8" if int8 else "fp32",
+        }
+        return model.after("sparsify.dsa", module, facts=facts | learned)
 
     return run
 
 
-@dataclass(frozen=True)
-class _Goal:
-    """What thresholds are calibrated for, and on what."""
-
-    budget: float
-    per_head: bool
-    config: Config
-    compute: int
-    rows: list[tuple[torch.Tensor, ...]]
-    tokens: int  # of the longest row; 0 where the rows say it
-    progress: scorer.Progress
-
-
-def _calibrated(module: torch.nn.Module, parameters: Parameters, goal: _Goal, length: int) -> scorer.Calibration:
-    """For rows cut to `length`, on what the layers of `module` see as it is now, dense or sparse."""
-    few = goal.rows[: scorer.CALIBRATION_ROWS]
-    few = few if goal.tokens else [tuple(x[:, :length] for x in row) for row in few]
-    stats = scorer.collect(module, few, goal.config, goal.progress, goal.tokens)
-    return scorer.calibrate(stats, parameters, goal.budget, per_head=goal.per_head)
-
-
-def _install(
-    module: torch.nn.Module, all_layers: Parameters, by_length: dict[int, scorer.Calibration], most: int, goal: _Goal
-) -> set[int]:
-    """Makes the layers sparse, but for those that keep nearly everything: these are returned."""
-    found = by_length[most]
-    dense = {n for n, kept in enumerate(found.kept_by_layer) if kept > DENSE_ABOVE[goal.compute]}
-    stacked = all_layers._replace(theta=found.theta)
-
-    def parameters(layer: swap.Layer) -> Parameters | None:
-        return None if layer.number in dense else scorer.one_layer(stacked, layer.number)
-
-    swap.install(module, parameters, goal.config, goal.compute)
-    if len(dense) < len(found.kept_by_layer):
-        swap.set_thetas(module, {n: x.theta for n, x in by_length.items()})
-    return dense
-
-
-def _long_enough(
-    given: list[tuple[torch.Tensor, ...]], tokens: int, dense_below: int
-) -> list[tuple[torch.Tensor, ...]]:
-    """Up to `dense_below` tokens student and teacher are the same."""
+def _longer(given: list[tuple[torch.Tensor, ...]], tokens: int, dense_below: int) -> list[tuple[torch.Tensor, ...]]:
+    """Up to `dense_below` tokens student and teacher are the same: there is nothing to learn from."""
     long = [row for row in given if (tokens or row[0].shape[1]) > dense_below]
     if not long:
         raise BadInput(f"distillation needs rows of more than dense_below={dense_below} tokens; give longer texts")
     return long
 
 
-def _over_sparse(found: scorer.Calibration, dense: set[int]) -> float:
-    kept = [x for n, x in enumerate(found.kept_by_layer) if n not in dense]
-    return sum(kept) / len(kept)
-
-
-def _facts(
-    goal: _Goal, trained: scorer.Trained, by_length: dict[int, scorer.Calibration], most: int, dense: set[int]
+def _distilled(
+    module: torch.nn.Module,
+    teacher: torch.nn.Module,
+    rows: list[tuple[torch.Tensor, ...]],
+    kept: float,
+    distil: int | Recipe,
+    checkpoint: str | Path | None,
+    progress: scorer.Progress,
 ) -> dict[str, Any]:
-    found, config = by_length[most], goal.config
-    kept = [1.0 if n in dense else round(x, 4) for n, x in enumerate(found.kept_by_layer)]
-    return {
-        "budget": goal.budget,
-        "kept": round(sum(kept) / len(kept), 4),
-        "kept_by_layer": kept,
-        "mass_kept": round(found.recall, 4),
-        "dense_layers": sorted(dense),
-        "theta": {str(n): _thetas(x.theta) for n, x in sorted(by_length.items())},
-        "rows": len(goal.rows),
-        "kl": round(trained.kl, 5),
-        "kl_untrained": round(trained.first_kl, 5),
-        "rule": config.rule,
-        "block": config.block_q,
-        "rank": trained.parameters.wq.shape[-1],
-        "dense_below": config.dense_below,
-        "attention": "int8" if goal.compute else "fp32",
-    }
+    recipe = distillation.steps(distil, len(rows)) if isinstance(distil, int) else distil
+    beside = f"{checkpoint}.distil" if checkpoint else None
+    done = distillation.distil(module, teacher, rows, kept, recipe, checkpoint=beside, progress=progress)
+    facts = {"rows": len(rows), "steps": done.steps, "rate": recipe.rate, "batch": recipe.batch, "seed": recipe.seed}
+    return {"distilled": facts | {"loss": round(done.loss, 5)}}
+
+
+def _recalibrated(
+    module: torch.nn.Module,
+    rows: list[tuple[torch.Tensor, ...]],
+    tokens: int,
+    config: Config,
+    parameters: Parameters,
+    lengths: list[int],
+    budget: float,
+    per_head: bool,
+) -> dict[int, scorer.Calibration]:
+    """The model has moved, and a layer's inputs are now those of a sparse model."""
+    found, few = {}, rows[: scorer.CALIBRATION_ROWS]
+    for n in lengths:
+        swap.for_length(module, n)
+        part = few if tokens else [tuple(x[:, :n] for x in row) for row in few]
+        stats = scorer.collect(module, part, config, length=tokens)
+        found[n] = scorer.calibrate(stats, parameters, budget, per_head=per_head)
+    return found
+
+
+def _kept_by_length(
+    model: Model,
+    module: torch.nn.Module,
+    rows: Sequence[tuple[torch.Tensor, ...]],
+    stats: scorer.Statistics,
+    parameters: Parameters,
+    dense: set[int],
+) -> dict[int, float]:
+    """What the thresholds in force keep of these rows, whole and cut to the model's lengths: mean of sparse layers."""
+    longest = int(stats.lengths.max())
+    few = {longest: stats.of(slice(LENGTH_ROWS))}
+    for n in (n for n in model.lengths if n < longest):
+        cut = [tuple(x[:, :n] for x in row) for row in rows[:LENGTH_ROWS]]
+        few[n] = scorer.collect(module, cut, stats.config)
+    by_layer = {n: scorer.kept_by_layer(part, parameters) for n, part in few.items()}
+    sparse = {n: [share for i, share in enumerate(layers) if i not in dense] for n, layers in by_layer.items()}
+    return {n: sum(shares) / len(shares) if shares else 1.0 for n, shares in sparse.items()}
 
 
 def _with_sink(config: Config, module: torch.nn.Module) -> Config:
@@ -203,6 +220,13 @@ def _tokenized(model: Model, text: str, longest: int) -> dict[str, np.ndarray]:
 
 def _batch(array: np.ndarray, x: wire.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, x.dtype))[None]
+
+
+def _install(module: torch.nn.Module, all_layers: Parameters, dense: set[int], config: Config, compute: int) -> None:
+    def parameters(layer: swap.Layer) -> Parameters | None:
+        return None if layer.number in dense else scorer.one_layer(all_layers, layer.number)
+
+    swap.install(module, parameters, config, compute)
 
 
 def _thetas(theta: torch.Tensor) -> float | list[list[float]]:

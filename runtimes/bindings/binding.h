@@ -68,6 +68,7 @@ static inline const char *sizes(dsa_config *c, const view in[OPERANDS]) {
     c->batch = (int32_t)q.dims[0], c->q_heads = (int32_t)q.dims[1];
     c->q_rows = (int32_t)q.dims[2], c->dim = (int32_t)q.dims[3];
     c->kv_heads = (int32_t)k.dims[1], c->k_rows = (int32_t)k.dims[2];
+    if (c->q_offset == -1) c->q_offset = c->k_rows - c->q_rows;  // the queries are the last of the keys' rows
     c->rank = (int32_t)in[WQ].dims[2], c->dist = (int32_t)in[DIST].dims[1] / 2, c->sinks = (int32_t)in[SINK].dims[1];
     return dsa_why(c);
 }

@@ -1,8 +1,11 @@
 """
 Times block-DSA against ONNX Runtime's MultiHeadAttention: every kernel set, dense and sparse, f32 and int8, scoring
 included, one thread, process CPU time, interleaved, medians. `python tools/bench/attention.py --quick` takes a minute.
+`--threads 2` holds two threads against one instead, by the wall clock: it needs an idle machine, and says the load.
 
-Sparse rows are `fused` (scoring and attention) with one theta for all heads, bisected to the kept fraction.
+Sparse rows are `fused` (scoring and attention), one theta for all heads, bisected to the kept fraction. "Of peak" is
+the share of register-only multiply-adds; two libraries' matrix product of 1024^3, which has no softmax in it, stands
+next to it. The break-even is the kept fraction at which sparse takes as long as our own dense attention.
 """
 
 import argparse
@@ -16,9 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # before the libraries that read them
+
 import numpy as np
 import onnx
 import onnxruntime  # type: ignore[import-untyped]
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -27,6 +33,11 @@ from edgeformer.attention import kernel
 from edgeformer.attention.reference import Config, Scorer
 
 HEADS, RANK, KEPT = 12, 32, (0.5, 0.25, 0.125)
+PRODUCT = 1024  # rows, columns and depth
+SCORED = "scored, all kept"  # what a threshold of 0 costs
+OF_PEAK = 0.77  # least share of the FMA peak: f32 dense, D 64, from 1,024 tokens
+BREAK_EVEN = 0.95  # least, from 512 tokens
+TWO_THREADS = 1.8  # least speedup
 # Least speedup over ORT, dense and kept .25, and most scoring cost in percent of ORT; per (dim, N).
 GOALS: dict[tuple[str, int], dict[int, float]] = {
     ("f32 dense", 64): {512: 1.0, 2048: 1.05, 3584: 1.05},
@@ -45,9 +56,28 @@ class Entry(NamedTuple):
     name: str
     kept: float
     run: Callable[[], Any]
+    operations: float  # that count as done, in one run
 
 
-def ort_attention(q: Any, k: Any, v: Any) -> Callable[[], Any]:
+Times = dict[tuple[str | None, str], list[float]]
+
+
+def products() -> list[Entry]:
+    """Square f32 matrix products by the libraries that torch and numpy call, each with what it calls itself."""
+    a, b = (np.random.default_rng(i).standard_normal((PRODUCT, PRODUCT), np.float32) for i in (1, 2))
+    out, into = np.empty_like(a), torch.empty(PRODUCT, PRODUCT)
+    x, y, operations = torch.from_numpy(a), torch.from_numpy(b), 2.0 * PRODUCT**3
+    torch.set_num_threads(1)
+    blas: Any = np.show_config(mode="dicts")
+    name = blas["Build Dependencies"]["blas"]["name"]
+    library = "MKL" if torch.backends.mkl.is_available() else "own"
+    return [
+        Entry(None, f"product, torch ({library})", 1.0, lambda: torch.mm(x, y, out=into), operations),
+        Entry(None, f"product, numpy ({name})", 1.0, lambda: np.matmul(a, b, out=out), operations),
+    ]
+
+
+def ort_attention(q: Any, k: Any, v: Any, threads: int = 1) -> Callable[[], Any]:
     """MultiHeadAttention wants [B, N, H * D] and transposes by itself; that is part of what it costs."""
     batch, heads, n, dim = q.shape
     value: Any = lambda name: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [batch, n, heads * dim])  # noqa: E731
@@ -56,7 +86,7 @@ def ort_attention(q: Any, k: Any, v: Any) -> Callable[[], Any]:
     opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("com.microsoft", 1)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     packed = {
         x: np.ascontiguousarray(t.swapaxes(1, 2)).reshape(batch, n, heads * dim)
@@ -101,98 +131,169 @@ def theta_for(kept: float, c: Config, q: Any, k: Any, s: Scorer) -> tuple[Scorer
     return tried, got
 
 
-def entries(n: int, dim: int, sets: list[str]) -> list[Entry]:
+class Case(NamedTuple):
+    """Random operands of one length and dim, and the calls of the core on them."""
+
+    c: Config
+    q: Any
+    k: Any
+    v: Any
+    scorer: Scorer
+
+    @property
+    def operations(self) -> float:
+        return 4.0 * HEADS * self.q.shape[2] ** 2 * self.q.shape[3]
+
+    def dense(self, compute: int, threads: int = 1) -> Callable[[], None]:
+        to, none = kernel.output(np.empty(self.q.shape, np.float32)), kernel.lengths(None, None)
+        tensors = tuple(map(kernel.tensor, (self.q, self.k, self.v)))
+        config = kernel.config(self.c, self.q, self.k, compute=compute)
+        return kernel.prepare("dsa_attend", config, (*tensors, None, None, none), to, threads)
+
+    def sparse(self, compute: int, scorer: Scorer, threads: int = 1) -> Callable[[], None]:
+        to, none = kernel.output(np.empty(self.q.shape, np.float32)), kernel.lengths(None, None)
+        tensors = tuple(map(kernel.tensor, (self.q, self.k, self.v)))
+        config = kernel.config(replace(self.c, rule=0), self.q, self.k, scorer, compute)
+        return kernel.prepare("dsa_fused", config, (*tensors, kernel.scorer(scorer), none), (*to, None), threads)
+
+    def score(self, scorer: Scorer) -> Callable[[], None]:
+        lists, none = kernel.empty_lists(self.c, self.q, self.k), kernel.lengths(None, None)
+        operands = (kernel.tensor(self.q), kernel.tensor(self.k), kernel.scorer(scorer), none)
+        config = kernel.config(self.c, self.q, self.k, scorer)
+        return kernel.prepare("dsa_select", config, operands, kernel.addresses(lists))
+
+    def keeping(self, kept: float) -> tuple[Scorer, float]:
+        return theta_for(kept, self.c, self.q, self.k, self.scorer)
+
+
+def case(n: int, dim: int) -> Case:
     rng = np.random.default_rng(n + dim)
 
     def normal(*shape: int) -> Any:
         return rng.standard_normal(shape, np.float32)
 
-    q, k, v, out = *(normal(1, HEADS, n, dim) for _ in range(3)), np.empty((1, HEADS, n, dim), np.float32)
+    q, k, v = (normal(1, HEADS, n, dim) for _ in range(3))
     wq, wk = (normal(HEADS, dim, RANK) * dim**-0.25 for _ in range(2))
-    s = Scorer(wq, wk, normal(HEADS, 65) / 2, normal(HEADS, 1), np.zeros(HEADS, np.float32))
-    c, tensors = Config(), (kernel.tensor(q), kernel.tensor(k), kernel.tensor(v))
-    made = [Entry(None, "ort", 1.0, ort_attention(q, k, v))]
-    lists, none, to = kernel.empty_lists(c, q, k), kernel.lengths(None, None), kernel.output(out)
-    half, _ = theta_for(0.5, c, q, k, s)
-    score = kernel.prepare(
-        "dsa_select", kernel.config(c, q, k, s), (*tensors[:2], kernel.scorer(half), none), kernel.addresses(lists)
-    )
-    thetas = {kept: theta_for(kept, c, q, k, s) for kept in KEPT}
+    scorer = Scorer(wq, wk, normal(HEADS, 65) / 2, normal(HEADS, 1), np.zeros(HEADS, np.float32))
+    return Case(Config(), q, k, v, scorer)
+
+
+def entries(n: int, dim: int, sets: list[str]) -> list[Entry]:
+    x = case(n, dim)
+    made = [Entry(None, "ort", 1.0, ort_attention(x.q, x.k, x.v), x.operations), *products()]
+    thetas = {kept: x.keeping(kept) for kept in KEPT}
     for name in sets:
-        made.append(Entry(name, "score", 0.0, score))
+        made.append(Entry(name, "score", 0.0, x.score(thetas[0.5][0]), 0.0))
         for compute, precision in ((kernel.F32, "f32"), (kernel.I8, "i8")):
-            dense = kernel.config(c, q, k, compute=compute)
-            made.append(
-                Entry(
-                    name,
-                    f"{precision} dense",
-                    1.0,
-                    kernel.prepare("dsa_attend", dense, (*tensors, None, None, none), to),
-                )
-            )
+            made.append(Entry(name, f"{precision} dense", 1.0, x.dense(compute), x.operations))
+            made.append(Entry(name, f"{precision} {SCORED}", 1.0, x.sparse(compute, x.scorer), x.operations))
             for kept, (scorer, got) in thetas.items():
-                sparse = kernel.config(replace(c, rule=0), q, k, s, compute)
-                run = kernel.prepare("dsa_fused", sparse, (*tensors, kernel.scorer(scorer), none), (*to, None))
-                made.append(Entry(name, f"{precision} {kept}", got, run))
+                run = x.sparse(compute, scorer)
+                made.append(Entry(name, f"{precision} {kept}", got, run, got * x.operations))
     return made
 
 
-def measure(todo: list[Entry], seconds: float) -> dict[tuple[str | None, str], list[float]]:
+def measure(todo: list[Entry], seconds: float, clock: Callable[[], float] = time.process_time) -> Times:
     """Rounds over all entries until the time is used; the first round warms up."""
-    times: dict[tuple[str | None, str], list[float]] = {(e.kernels, e.name): [] for e in todo}
+    times: Times = {(e.kernels, e.name): [] for e in todo}
     end, rounds = time.monotonic() + seconds, 0
     while rounds < 4 or time.monotonic() < end:
         for e in todo:
             if e.kernels:
                 kernel.library().dsa_limit(e.kernels.encode())
-            begin = time.process_time()
+            begin = clock()
             e.run()
             if rounds:
-                times[e.kernels, e.name].append(time.process_time() - begin)
+                times[e.kernels, e.name].append(clock() - begin)
         rounds += 1
     kernel.library().dsa_limit(None)
     return times
 
 
+def ratio(over: list[float], under: list[float]) -> float:
+    """The median over the rounds: what slows the machine down slows both."""
+    return float(np.median([a / b for a, b in zip(over, under, strict=True)]))
+
+
+def break_even(times: Times, kernels: str, precision: str, half: float) -> float:
+    """The kept fraction at which sparse costs what dense does, on the line through about .5 and all."""
+    dense, all_kept, some = (times[kernels, f"{precision} {x}"] for x in ("dense", SCORED, 0.5))
+    slope = ratio(all_kept, dense) - ratio(some, dense)
+    return min(half + (1 - half) * (1 - ratio(some, dense)) / slope, 1.0)
+
+
+def verdict(value: float, least: float | None) -> str:
+    return "" if least is None else f"{'met' if value >= least else 'MISSED'} ({least:g})"
+
+
 def report(n: int, dim: int, sets: list[str], seconds: float, console: Console) -> list[dict[str, Any]]:
     run_peak, operations = peak()
-    todo = [*entries(n, dim, sets), Entry(None, "peak", 1.0, run_peak)]
+    todo = [*entries(n, dim, sets), Entry(None, "peak", 1.0, run_peak, operations)]
     times = measure(todo, seconds)
-    base, work = float(np.median(times[None, "ort"])), 4 * HEADS * n * n * dim
-    ceiling = operations / float(np.median(times[None, "peak"])) / 1e9
-    table = Table(title=f"N {n}, D {dim}, {HEADS} heads, 1 thread; FMA peak {ceiling:.0f} GF/s")
+    ceiling, base = times[None, "peak"], times[None, "ort"]
+    peak_gflops = operations / float(np.median(ceiling)) / 1e9
+    table = Table(title=f"N {n}, D {dim}, {HEADS} heads, 1 thread; FMA peak {peak_gflops:.0f} GF/s")
     for heading in ("kernels", "what", "kept", "ms", "p90", "GF/s", "of peak", "x ORT", "goal"):
         table.add_column(heading, justify="left" if heading in ("kernels", "what", "goal") else "right")
     found = []
     for e in todo[:-1]:
         taken = times[e.kernels, e.name]
-        middle = float(np.median(taken))
-        speed, rate = base / middle, work * e.kept / middle / 1e9
-        goal = GOALS.get((e.name, dim), {}).get(n) if e.kernels == sets[0] else None
-        verdict = "" if goal is None else f"{'met' if speed >= goal else 'MISSED'} ({goal})"
-        cells = (
-            f"{e.kept:.2f}",
-            f"{middle * 1e3:.3f}",
-            f"{np.quantile(taken, 0.9) * 1e3:.3f}",
-            f"{rate:.0f}",
-            f"{rate / ceiling:.0%}",
-        )
-        table.add_row(e.kernels or "onnxruntime", e.name, *cells, f"{speed:.2f}", verdict)
-        found.append(
-            {
-                "n": n,
-                "dim": dim,
-                "kernels": e.kernels,
-                "what": e.name,
-                "kept": e.kept,
-                "ms": middle * 1e3,
-                "times_ort": speed,
-                "gflops": rate,
-                "peak_gflops": ceiling,
-                "rounds": len(taken),
-                "goal": goal,
-            }
-        )
+        ms, p90 = (1e3 * float(np.quantile(taken, q)) for q in (0.5, 0.9))
+        speed, of_peak = ratio(base, taken), ratio(ceiling, taken) * e.operations / operations
+        goal, peak_goal = _goals(e, n, dim, sets[0])
+        verdicts = [verdict(speed, goal), verdict(of_peak, peak_goal) and f"peak {verdict(of_peak, peak_goal)}"]
+        cells = (f"{e.kept:.2f}", f"{ms:.3f}", f"{p90:.3f}", f"{e.operations / ms / 1e6:.0f}", f"{of_peak:.0%}")
+        times_ort = "" if e.name.startswith("product") else f"{speed:.2f}"
+        table.add_row(e.kernels or "", e.name, *cells, times_ort, ", ".join(v for v in verdicts if v))
+        line = {"n": n, "dim": dim, "kernels": e.kernels, "what": e.name, "kept": e.kept, "ms": ms, "p90_ms": p90}
+        line |= {"times_ort": speed, "gflops": e.operations / ms / 1e6, "of_peak": of_peak, "peak_gflops": peak_gflops}
+        found.append(line | {"rounds": len(taken), "goal": goal, "goal_of_peak": peak_goal})
+    console.print(table)
+    return found + _break_evens(n, dim, sets, todo, times, console)
+
+
+def _goals(e: Entry, n: int, dim: int, best: str) -> tuple[float | None, float | None]:
+    """Least speedup over ORT, and least share of the peak; of the best kernel set."""
+    if e.kernels != best:
+        return None, None
+    return GOALS.get((e.name, dim), {}).get(n), OF_PEAK if (e.name, dim) == ("f32 dense", 64) and n >= 1024 else None
+
+
+def _break_evens(
+    n: int, dim: int, sets: list[str], todo: list[Entry], times: Times, console: Console
+) -> list[dict[str, Any]]:
+    half, found = next(e.kept for e in todo if e.name == "f32 0.5"), []
+    for kernels in sets:
+        for precision in ("f32", "i8"):
+            kept = break_even(times, kernels, precision, half)
+            goal = BREAK_EVEN if n >= 512 and kernels == sets[0] else None
+            console.print(f"  {kernels} {precision}: sparse breaks even at {kept:.3f} kept {verdict(kept, goal)}")
+            found.append({"n": n, "dim": dim, "kernels": kernels, "what": f"{precision} break-even", "kept": kept})
+    return found
+
+
+def scaling(n: int, dim: int, threads: int, seconds: float, console: Console) -> list[dict[str, Any]]:
+    """Several threads against one, by the wall clock."""
+    x, best = case(n, dim), kernel.kernels()
+    scorer, got = x.keeping(0.25)
+    todo = []
+    for t in (1, threads):
+        todo.append(Entry(None, f"ort {t}", 1.0, ort_attention(x.q, x.k, x.v, t), x.operations))
+        for compute, precision in ((kernel.F32, "f32"), (kernel.I8, "i8")):
+            todo.append(Entry(best, f"{precision} dense {t}", 1.0, x.dense(compute, t), x.operations))
+            run = x.sparse(compute, scorer, t)
+            todo.append(Entry(best, f"{precision} 0.25 {t}", got, run, got * x.operations))
+    times = measure(todo, seconds, time.perf_counter)
+    table = Table(title=f"N {n}, D {dim}: {threads} threads against 1, wall clock, load {os.getloadavg()[0]:.1f}")
+    for heading in ("what", "ms, 1 thread", f"ms, {threads} threads", "speedup", "goal"):
+        table.add_column(heading)
+    found = []
+    for what in ("ort", "f32 dense", "f32 0.25", "i8 dense", "i8 0.25"):
+        one, several = (times[None if what == "ort" else best, f"{what} {t}"] for t in (1, threads))
+        ms, speed = [1e3 * float(np.median(x)) for x in (one, several)], ratio(one, several)
+        goal = TWO_THREADS if what != "ort" and threads == 2 else None
+        table.add_row(what, *(f"{x:.3f}" for x in ms), f"{speed:.2f}", verdict(speed, goal))
+        found.append({"n": n, "dim": dim, "what": what, "threads": threads, "ms": ms, "speedup": speed, "goal": goal})
     console.print(table)
     return found
 
@@ -203,9 +304,10 @@ def main() -> None:
     parser.add_argument("--n", type=lambda x: [int(n) for n in x.split(",")], help="lengths, separated by commas")
     parser.add_argument("--sets", type=lambda x: x.split(","), help="kernel sets (default: all this CPU has)")
     parser.add_argument("--seconds", type=float, default=10, help="per length and dim")
+    parser.add_argument("--threads", type=int, default=1, help="more than 1: only those against one, on the best set")
     parser.add_argument("--json", type=Path, default=Path("bench-attention.json"))
     given = parser.parse_args()
-    if hasattr(os, "sched_setaffinity"):
+    if given.threads == 1 and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     known = list(native.kernel_sets(native.TARGETS[native.host()].arch))
     sets = given.sets or (
@@ -217,9 +319,12 @@ def main() -> None:
     console, found = Console(width=110), []
     for n in given.n or ([512, 2048] if given.quick else [128, 512, 2048, 3584]):
         for dim in (64, 32):
-            found += report(n, dim, sets, given.seconds, console)
+            if given.threads > 1:
+                found += scaling(n, dim, given.threads, given.seconds, console)
+            else:
+                found += report(n, dim, sets, given.seconds, console)
             given.json.write_text(json.dumps(found, indent=1))
-    console.print(f"written to {given.json}")
+    console.print(f"load {os.getloadavg()[0]:.1f}; written to {given.json}")
 
 
 if __name__ == "__main__":

@@ -235,11 +235,9 @@ def _distilled(
 
     install(scorer.calibrate(stats, p, budget).theta)
     given = [(x["input_ids"], x["attention_mask"]) for x in texts]
-    recipe = distil.Recipe(steps=arguments.distil)
+    recipe = distil.steps(arguments.distil, len(given))
     kept_at = arguments.out.with_suffix(f".{budget}.distil")
-    began = time.process_time()
     told = distil.distil(_Sentence(student), _Sentence(model), given, budget, recipe, checkpoint=kept_at)
-    spent = time.process_time() - began
     few = texts[: scorer.CALIBRATION_ROWS]
     install(scorer.calibrate(scorer.collect(student, few, config), p, budget).theta)
     before = op.counters()
@@ -253,9 +251,9 @@ def _distilled(
         "kept": kept,
         "cosine_mean": float(cosine.mean()),
         "cosine_min": float(cosine.min()),
-        "steps": arguments.distil,
-        "steps_now": len(told.losses),
-        "cpu_s_now": round(spent, 1),
+        "steps": told.steps,
+        "resumed_at": told.resumed_at,
+        "cpu_s": round(told.cpu_s, 1),
     }
 
 

@@ -6,6 +6,8 @@ One module per format; the folder is the registry. A runner has
 
 `library` is the file with our operator for this machine, or None: the program then computes it in standard operators.
 A row is {input name: array without batch axis} at its natural length; the output has no batch axis either.
+A decoder's program has a second output, `new`: the keys and values of the row's tokens. With those of the tokens before
+as the row's `past` it goes on after them; without, from nothing. `run(row, every=True)` returns both outputs.
 Importing a runner imports its runtime: `ImportError` means that this device cannot run the format.
 """
 

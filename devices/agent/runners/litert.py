@@ -4,7 +4,6 @@ import bisect
 from typing import Any, Callable, Optional
 
 import ai_edge_litert
-import numpy as np
 from ai_edge_litert.interpreter import Interpreter, load_delegate
 
 from .. import cases, wire
@@ -29,19 +28,10 @@ def load(path, entry, threads=1, library=None):
         if place == len(lengths):
             raise ValueError("{} tokens: this program holds at most {}".format(natural, lengths[-1]))
         feed = {
-            "args_{}".format(i): _padded(row[tensor.name], tensor, lengths[place])[None]
+            "args_{}".format(i): cases.padded(row[tensor.name], tensor, lengths[place])[None]
             for i, tensor in enumerate(entry.inputs)
         }
-        return next(iter(signatures[lengths[place]](**feed).values()))[0]
+        output = next(iter(signatures[lengths[place]](**feed).values()))[0]
+        return output[:natural] if entry.outputs[0].shape[1:2] == (-1,) else output
 
     return run
-
-
-def _padded(array, tensor, length):
-    # type: (Any, wire.Tensor, int) -> Any
-    """The row filled up on the right with the input's own padding value."""
-    if not length or -1 not in tensor.shape[1:]:
-        return array.astype(tensor.dtype, copy=False)
-    full = np.full((length,) + array.shape[1:], tensor.pad, tensor.dtype)
-    full[: array.shape[0]] = array
-    return full

@@ -9,7 +9,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import onnxruntime
 
-from .. import cases, wire
+from .. import cases, decoding, wire
 
 
 def version():
@@ -27,12 +27,15 @@ def load(path, entry, threads=1, library=None):
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0" if threads == 1 else "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    outputs = [entry.outputs[0].name]
+    names = [tensor.name for tensor in entry.outputs]
     dtypes = {tensor.name: tensor.dtype for tensor in entry.inputs}
+    nothing = decoding.nothing(entry)
 
-    def run(row):
-        # type: (cases.Row) -> Any
-        feed = {name: array[None].astype(dtypes[name], copy=False) for name, array in row.items()}
-        return session.run(outputs, feed)[0][0]
+    def run(row, every=False):
+        # type: (cases.Row, bool) -> Any
+        whole = dict(nothing, **row)
+        feed = {name: array[None].astype(dtypes[name], copy=False) for name, array in whole.items()}
+        outputs = session.run(names if every else names[:1], feed)
+        return tuple(output[0] for output in outputs) if every else outputs[0][0]
 
     return run

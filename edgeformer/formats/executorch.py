@@ -1,0 +1,212 @@
+"""
+ExecuTorch (.pte): XNNPACK for matrix products and what surrounds them, any sequence length, batch 1.
+
+Sparse attention is the operator `edgeformer::dsa.out` in the method `forward`; the method `standard` computes it in
+standard operators. Both share one copy of the weights, and the runner takes the one it has kernels for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Any
+
+import executorch.exir.passes._quant_patterns_and_replacements  # defines quantized_decomposed::embedding_byte
+import executorch.kernels.quantized  # noqa: F401 (and its out variant)
+import torch
+from executorch.backends.xnnpack.partition.config.gemm_configs import LinearConfig
+from executorch.backends.xnnpack.partition.config.generic_node_configs import BMMConfig, GeluConfig, SoftmaxConfig
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
+from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+from executorch.exir.backend.compile_spec_schema import CompileSpec
+from executorch.exir.backend.partitioner import DelegationSpec
+from torch.ao.quantization.fx import _decomposed  # noqa: F401 (defines the rest of quantized_decomposed)
+from torch.fx.passes.dialect.common.cse_pass import CSEPass
+
+from edgeformer_agent import wire
+
+from ..attention import composite, cost
+from ..errors import ExportError
+from ..model import Model
+from ..program import Program
+
+PRECISIONS = ("int8", "fp32")
+RUNTIME = wire.Runtime("executorch", "1.5", "2")
+GLIBC = "2.27"  # read from the libraries' symbols; the wheel's tag claims 2.28
+NATIVE, STANDARD = "forward", "standard"
+PRODUCTS = ("linear", "matmul", "bmm", "mm", "addmm", "conv2d", "convolution")
+# What XNNPACK gets of the standard form. It takes a padding that depends on the length for a constant.
+PLAIN = [LinearConfig, BMMConfig, SoftmaxConfig, GeluConfig]
+SMALLEST = 1e-12  # scale of a row of zeros
+
+Tensor = torch.Tensor
+quantized: Any = torch.ops.quantized_decomposed
+
+
+def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
+    """One file each, batch 1, any length up to `model.max_length`. Raises ExportError in the exporter's own words."""
+    kept = cost.calibrated(model.history)
+    for precision in precisions:
+        module = _int8(model.module) if precision == "int8" else model.module
+        try:
+            graph = _graph(model, module)
+            content = _lowered(graph)
+        except Exception as error:
+            raise ExportError(
+                f"executorch: {model.name} does not lower in {precision}: {type(error).__name__}: {error}"
+            ) from error
+        yield Program(
+            format="executorch",
+            precision=precision,
+            files={"model.pte": content},
+            inputs=model.inputs,
+            outputs=(model.output,),
+            lengths=(),
+            runtime=RUNTIME,
+            needs=wire.Needs(glibc=GLIBC),
+            work=tuple(_work(graph, n, kept) for n in kept.counted(model.lengths)),
+            sparse=_sparse(graph),
+        )
+
+
+def _graph(model: Model, module: torch.nn.Module) -> Any:
+    sequence = torch.export.Dim("sequence", min=1, max=max(model.max_length, 2))
+    shapes = tuple({i: sequence for i, n in enumerate(x.shape) if n < 0 and i} for x in model.inputs)
+    # Neither 1 nor the maximum, and as many blocks as there can be: a size of 1 would be taken for a constant.
+    example = model.example(max(model.max_length - 1, 2))
+    with torch.no_grad():
+        return torch.export.export(module, example, dynamic_shapes=(shapes,), strict=False)
+
+
+def _lowered(graph: Any) -> bytes:
+    methods, partitioners = {NATIVE: graph}, {NATIVE: [_partitioner(graph)]}
+    if _sparse(graph):
+        methods[STANDARD] = graph.run_decompositions({torch.ops.edgeformer.dsa.default: _standard})
+        CSEPass()(methods[STANDARD].graph_module)  # what a layer says about blocks and lengths, every layer says
+        partitioners[STANDARD] = [_partitioner(graph, PLAIN)]
+    lowered = to_edge_transform_and_lower(
+        methods,
+        partitioner=partitioners,
+        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+    )
+    return bytes(lowered.to_executorch().buffer)
+
+
+def _partitioner(graph: Any, operators: list[Any] | None = None) -> Any:
+    """
+    XNNPACK runs 17 passes over each part it gets, half of the time of an export, and text models need one of them:
+    this key asks for that one. The others are for convolutions.
+    """
+    made = XnnpackPartitioner(operators)
+    if not any("conv" in _name(node) for node in graph.graph.nodes):
+        made.delegation_spec = DelegationSpec(XnnpackBackend.__name__, [CompileSpec("dqlinear_partitioner", b"")])
+    return made
+
+
+def _sparse(graph: Any) -> bool:
+    return any(_name(node) == "dsa" for node in graph.graph.nodes)
+
+
+def _standard(q: Tensor, k: Tensor, v: Tensor, *rest: Any, compute: int = 0, **config: Any) -> Tensor:
+    """The operator as its decomposition; attention in float, whatever `compute` asks of the native one."""
+    if reason := composite.inexpressible(**{n: config.pop(n) for n in ("rule", "max_blocks") if n in config}):
+        raise ValueError(reason)
+    *scorer, q_len, kv_len = (*rest, None, None)[:7]
+    q_len, kv_len = (
+        torch.full(x.shape[:1], x.shape[2], dtype=torch.int32) if given is None else given
+        for x, given in ((q, q_len), (k, kv_len))
+    )
+    return composite.dsa(q, k, v, *scorer, q_len, kv_len, **config)
+
+
+# --- int8 -------------------------------------------------------------------------------------------------------------
+
+
+class _Linear(torch.nn.Module):
+    """int8 weights a row; activations quantized a token at a time. XNNPACK knows this sequence as one operator."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.bias = linear.bias
+        values, scales = _rows(linear.weight)
+        self.register_buffer("values", values)
+        self.register_buffer("scales", scales)
+        self.register_buffer("zeros", torch.zeros_like(scales, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, zero = quantized.choose_qparams_per_token_asymmetric(x, torch.int8)
+        x = quantized.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
+        x = quantized.dequantize_per_token(x, scale, zero, -128, 127, torch.int8, torch.float32)
+        weight = quantized.dequantize_per_channel(self.values, self.scales, self.zeros, 0, -127, 127, torch.int8)
+        return torch.nn.functional.linear(x, weight, self.bias)
+
+
+class _Embedding(torch.nn.Module):
+    """int8 rows with a scale each."""
+
+    def __init__(self, table: torch.nn.Embedding) -> None:
+        super().__init__()
+        values, scales = _rows(table.weight)
+        self.register_buffer("values", values)
+        self.register_buffer("scales", scales)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        found: Tensor = quantized.embedding_byte(self.values, self.scales, None, -128, 127, indices.to(torch.int64))
+        return found
+
+
+def _rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, columns) int8 and the scale of each row."""
+    scales = (weight.detach().abs().amax(1) / 127).clamp(min=SMALLEST)
+    return (weight.detach() / scales[:, None]).round().to(torch.int8), scales
+
+
+def _int8(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy with int8 linears and embeddings; it shares every other weight."""
+    shared = {id(x): x for x in (*module.parameters(), *module.buffers())}
+    module = copy.deepcopy(module, shared)
+    kinds = {torch.nn.Linear: _Linear, torch.nn.Embedding: _Embedding}  # not their subclasses: those may compute more
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if made := kinds.get(type(child)):
+                setattr(parent, name, made(child))
+    return module.eval().requires_grad_(False)
+
+
+# --- work -------------------------------------------------------------------------------------------------------------
+
+
+def _name(node: Any) -> str:
+    return (
+        str(getattr(getattr(node.target, "overloadpacket", None), "__name__", "")) if node.op == "call_function" else ""
+    )
+
+
+def _work(graph: Any, length: int, kept: cost.Kept) -> wire.Work:
+    """Counted on the operators of the lowered graph at one length. A multiply-add is two operations."""
+    work = {False: 0.0, True: 0.0}
+    weight_bytes = activation_bytes = 0.0
+    for node in graph.graph.nodes:
+        name = _name(node)
+        if name == "dsa":
+            q, k, _v, wq = (_shape(x, length) for x in node.args[:4])
+            work[False] += cost.operations(q, k, wq[2], kept)
+            activation_bytes += 4.0 * (2 * prod(q) + 2 * prod(k))
+        elif name in PRODUCTS:
+            a, b = node.args[1:3] if name == "addmm" else node.args[:2]
+            left, right, out = (_shape(x, length) for x in (a, b, node))
+            int8 = _name(b) == "dequantize_per_channel"
+            constant = int8 or b.op in ("placeholder", "get_attr")
+            depth = prod(right[1:]) if "conv" in name else left[-1]
+            work[int8] += 2.0 * prod(out) * depth
+            weight_bytes += prod(right) * (1 if int8 else 4) * constant
+            activation_bytes += 4.0 * (prod(left) + prod(out) + prod(right) * (not constant))
+    return wire.Work(length, work[False], work[True], weight_bytes, activation_bytes)
+
+
+def _shape(node: Any, length: int) -> tuple[int, ...]:
+    """Of a tensor in the graph, at a length: the sequence is the graph's only symbol."""
+    sizes = (getattr(getattr(n, "node", None), "expr", n) for n in node.meta["val"].shape)
+    return tuple(int(n if isinstance(n, int) else n.subs(dict.fromkeys(n.free_symbols, length))) for n in sizes)

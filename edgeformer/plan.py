@@ -1,0 +1,95 @@
+"""What is to be made: for each target the device, its formats and their precisions, checked before anything slow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+from . import device as devices, formats as registry
+from .errors import BadInput, FormatNotYet, UnknownFormat
+
+PRECISIONS = {  # what a format's own `PRECISIONS` may name
+    "int8": "int8 weights and embeddings per output channel, activations quantized per call or kept in float",
+    "int4": "int4 weights in groups, int8 embeddings, float activations",
+    "fp16": "fp16 storage and arithmetic, sums in fp32 where the runtime allows it",
+    "fp32": "fp32 throughout",
+}
+
+
+@dataclass(frozen=True)
+class Export:
+    """One format and the precisions it writes."""
+
+    name: str
+    module: ModuleType
+    precisions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One target's share of a build."""
+
+    device: devices.Device
+    exports: tuple[Export, ...]
+
+
+def plans(
+    targets: str | Iterable[str], formats: Sequence[str] | None, precision: str | Sequence[str] | None
+) -> tuple[Plan, ...]:
+    """
+    A plan a target. `formats` and `precision` narrow each target's own choice.
+    Raises BadInput, UnknownTarget, UnknownFormat, FormatNotYet, MissingExtra.
+    """
+    names = (targets,) if isinstance(targets, str) else tuple(targets)
+    if not names or len(set(names)) != len(names):
+        raise BadInput(f"targets {list(names)} must name at least one device, each once")
+    found = [devices.load(name) for name in names]
+    _known(formats, found)
+    return tuple(Plan(device, _exports(device, formats, precision, len(found) > 1)) for device in found)
+
+
+def _known(formats: Sequence[str] | None, found: Sequence[devices.Device]) -> None:
+    if formats is None:
+        return
+    if not formats or len(set(formats)) != len(formats):
+        raise BadInput(f"formats {list(formats)} must name at least one format, each once")
+    for name in formats:
+        if name not in (*registry.names(), *registry.PLANNED):
+            raise UnknownFormat(name, [f for device in found for f in device.formats])
+
+
+def _exports(
+    device: devices.Device, wanted: Sequence[str] | None, precision: str | Sequence[str] | None, several: bool
+) -> tuple[Export, ...]:
+    """Of several targets each takes what it runs of the formats named; a single one must run them all."""
+    here = registry.names()
+    names = [name for name in (wanted or device.formats) if device.runs(name) or not several]
+    for name in names:
+        if not device.runs(name):
+            raise BadInput(f"{device.name} does not run {name}; it runs {', '.join(device.formats)}")
+        if name not in here:
+            raise FormatNotYet(name, device.name, [f for f in device.formats if f in here])
+    if not names:
+        raise BadInput(f"{device.name} runs none of {', '.join(wanted or ())}; it runs {', '.join(device.formats)}")
+    return exports(names, precision)
+
+
+def exports(formats: Sequence[str], precision: str | Sequence[str] | None = None) -> tuple[Export, ...]:
+    """One for each format, at its own first precision unless told. Raises BadInput, UnknownFormat, MissingExtra."""
+    modules = [(name, registry.load(name)) for name in formats]
+    return tuple(Export(name, module, _precisions(name, module, precision)) for name, module in modules)
+
+
+def _precisions(name: str, module: ModuleType, wanted: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Those of the wanted precisions that the format has; its own first choice where nothing is wanted."""
+    known = tuple(module.PRECISIONS)
+    if wanted is None:
+        return known[:1]
+    names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    if not names or len(set(names)) != len(names) or not set(names) <= set(PRECISIONS):
+        raise BadInput(f"precision {list(names)} must be some of {', '.join(PRECISIONS)}, each once")
+    found = tuple(name for name in names if name in known)
+    if not found:
+        raise BadInput(f"precision {', '.join(names)}: {name} has {', '.join(known)}")
+    return found
