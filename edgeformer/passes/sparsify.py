@@ -95,35 +95,41 @@ def dsa(
         if len(dense) < len(found.kept_by_layer):
             swap.set_thetas(module, thetas)
             if distil:
-                share = sum(x for n, x in enumerate(found.kept_by_layer) if n not in dense)
-                learned = _distilled(
-                    module, model.module, _longer(given, tokens, config.dense_below),
-                    share / (len(found.kept_by_layer) - len(dense)), distil, checkpoint, progress,
-                )  # fmt: skip
+                long = _longer(given, tokens, config.dense_below)
+                sparse = [x for n, x in enumerate(found.kept_by_layer) if n not in dense]
+                share = sum(sparse) / len(sparse)
+                learned = _distilled(module, model.module, long, share, distil, checkpoint, progress)
                 again = _recalibrated(module, few, tokens, config, trained.parameters, list(thetas), budget, per_head)
                 found, thetas = again[max(again)], {n: x.theta for n, x in again.items()}
                 swap.set_thetas(module, thetas)
-        kept = [1.0 if n in dense else round(x, 4) for n, x in enumerate(found.kept_by_layer)]
-        facts = {
+        facts = _facts(trained, found, by_length, dense, config) | {
             "budget": budget,
-            "kept": round(sum(kept) / len(kept), 4),
-            "kept_by_layer": kept,
-            "kept_by_length": {str(n): round(share, 4) for n, share in sorted(by_length.items())},
-            "mass_kept": round(found.recall, 4),
-            "dense_layers": dense,
             "theta": {str(n): _thetas(theta) for n, theta in sorted(thetas.items())},
             "rows": len(few),
-            "kl": round(trained.kl, 5),
-            "kl_untrained": round(trained.first_kl, 5),
-            "rule": rule,
-            "block": block,
-            "rank": trained.parameters.wq.shape[-1],
-            "dense_below": config.dense_below,
             "attention": "int8" if int8 else "fp32",
         }
         return model.after("sparsify.dsa", module, facts=facts | learned)
 
     return run
+
+
+def _facts(
+    trained: scorer.Trained, found: scorer.Calibration, by_length: dict[int, float], dense: list[int], config: Config
+) -> dict[str, Any]:
+    kept = [1.0 if n in dense else round(x, 4) for n, x in enumerate(found.kept_by_layer)]
+    return {
+        "kept": round(sum(kept) / len(kept), 4),
+        "kept_by_layer": kept,
+        "kept_by_length": {str(n): round(share, 4) for n, share in sorted(by_length.items())},
+        "mass_kept": round(found.recall, 4),
+        "dense_layers": dense,
+        "kl": round(trained.kl, 5),
+        "kl_untrained": round(trained.first_kl, 5),
+        "rule": config.rule,
+        "block": config.block_q,
+        "rank": trained.parameters.wq.shape[-1],
+        "dense_below": config.dense_below,
+    }
 
 
 def _longer(given: list[tuple[torch.Tensor, ...]], tokens: int, dense_below: int) -> list[tuple[torch.Tensor, ...]]:
