@@ -97,7 +97,8 @@ def build(
     gate: the least share of fp32 that must be kept (see `edgeformer.check.gate`); the manifest records a loosened one.
     lengths: static sequence lengths, up to 512 by default. version: rises by itself with the date and with each change.
     expires: last day of validity, YYYY-MM-DD; by default the end of next year.
-    Raises GateFailed, BudgetMissed (nothing is packaged), BadInput, UnknownTarget, UnknownFormat, FormatNotYet, MissingExtra.
+    Raises GateFailed, BudgetMissed (nothing is packaged), BadInput, UnknownTarget, UnknownFormat, FormatNotYet,
+    MissingExtra.
     """
     report = progress or (lambda _what, _done, _total: None)
     menu = _menu(recipe, limits, train, target)
@@ -145,9 +146,9 @@ def build(
     return bundles[0] if isinstance(target, str) else tuple(bundles)
 
 
-def _menu(recipe: RecipeSource | None, limits: Limits | None, train: object, target: object) -> Recipe | None:
+def _menu(recipe: RecipeSource | None, limits: Limits | None, train: object, target: str | Targets) -> Recipe | None:
     """The recipe that was asked for; a search's own where there are limits only."""
-    if limits is not None and not isinstance(target, str):
+    if limits is not None and not isinstance(target, str) and len(target) > 1:
         raise BadInput("limits go with one target: another device needs another model")
     if recipe is None and limits is None:
         if train is not None:
@@ -221,7 +222,8 @@ def _contents(
     contents: dict[str, bytes | Path] = dict(model.files or {})
     for b in built:
         contents |= {f"programs/{b.program.name}/{name}": data for name, data in b.program.files.items()}
-        contents |= {b.entry.libraries[machine]: path for machine, path in b.libraries.items()}
+        for machine, path in b.libraries.items():  # and what it needs, which stands next to it
+            contents |= {f"native/{machine}/{file.name}": file for file in sorted(path.parent.iterdir())}
     picked = _golden(rows)
     golden = cases.Cases(
         tuple(rows.rows[i] for i in picked), {b.entry.name: tuple(b.outputs[i] for i in picked) for b in built}, None

@@ -67,6 +67,11 @@ MinSeconds = Annotated[
 MostRows = Annotated[
     int | None, typer.Option("--rows", min=1, help="At most this many evaluation rows. [dim]\\[default: all][/]")
 ]
+Train = Annotated[str | None, typer.Option(help="What passes calibrate on and learn from: a file like --data.")]
+MaxLatency = Annotated[float | None, typer.Option(help="Median latency on the device, modelled, at most.")]
+MaxSize = Annotated[float | None, typer.Option(help="Size of the program on disk, at most.")]
+MaxDrop = Annotated[float | None, typer.Option(help="Share of fp32's metric that may be lost, 0 to 1.")]
+Trials = Annotated[int, typer.Option(min=1, help="Settings that a search tries.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Write the report there as JSON.")]
 Html = Annotated[Path | None, typer.Option("--html", help="Write one self-contained page there.")]
 
@@ -217,6 +222,14 @@ def build(
     ] = None,
     key: Annotated[str, typer.Option(help="Name of the signing key; made on first use.")] = "default",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle that is there.")] = False,
+    recipe: Annotated[
+        str | None, typer.Option(help="Passes and settings: a name of the package's, or a .toml.")
+    ] = None,
+    train: Train = None,
+    max_latency_ms: MaxLatency = None,
+    max_size_mb: MaxSize = None,
+    max_drop: MaxDrop = None,
+    trials: Trials = 20,
     as_json: Json = False,
 ) -> None:
     """
@@ -234,11 +247,12 @@ def build(
 
     screen: Screen = context.obj
     with _bars(screen) as progress, _quiet(screen):
+        limits = _limits(max_latency_ms, max_size_mb, max_drop)
         bundles = run_build(
             model, target, data=data, task=task, out=out, precision=precision or None, formats=format, gate=gate,
             attention=attention, budget=budget,
             lengths=length, name=name, version=bundle_version, expires=expires, key=key, overwrite=overwrite,
-            progress=progress,
+            recipe=recipe, train=train, limits=limits, trials=trials, progress=progress,
         )  # fmt: skip
     if as_json:
         documents = [to_json(bundle.manifest, ()).rstrip() for bundle in bundles]
@@ -247,6 +261,64 @@ def build(
     for bundle in bundles:
         screen.err.print(table(bundle.manifest, ()))
         screen.out.print(str(bundle.path), soft_wrap=True)
+
+
+def _limits(max_latency_ms: float | None, max_size_mb: float | None, max_drop: float | None) -> Any:
+    if (max_latency_ms, max_size_mb, max_drop) == (None, None, None):
+        return None
+    from .search import Limits
+
+    return Limits(max_latency_ms, max_size_mb, max_drop)
+
+
+@app.command()
+def search(
+    context: typer.Context,
+    model: Annotated[str, typer.Option("--model", "-m", help="A Hugging Face folder or a hub id (org/name).")],
+    target: Annotated[str, typer.Option("--target", "-t", help="A target's name, see `edgeformer targets`.")],
+    data: Annotated[str | None, typer.Option(help="What programs are judged with, as for build.")] = None,
+    task: Annotated[str | None, typer.Option(help="What a .tsv holds, as for build.")] = None,
+    train: Train = None, max_latency_ms: MaxLatency = None, max_size_mb: MaxSize = None, max_drop: MaxDrop = None,
+    space: Annotated[str, typer.Option(help="An open recipe: a name of the package's, or a .toml file.")] = "search",
+    trials: Trials = 20,
+    finalists: Annotated[int, typer.Option(min=1, help="Trials that are built and measured as programs.")] = 4,
+    format: Annotated[str | None, typer.Option(help="Of the target's. [dim]\\[default: its first][/]")] = None,
+    precision: Annotated[str | None, typer.Option(help="Of the format's. [dim]\\[default: its first][/]")] = None,
+    folder: Annotated[Path, typer.Option(help="Where the search keeps what it found; it goes on from there.")] = Path(
+        "search"
+    ),
+    recipe: Annotated[Path | None, typer.Option(help="Write the best recipe there, for build --recipe.")] = None,
+    out: Out = None, html: Html = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """
+    Try settings of an open recipe, build the best ones, and print the frontier.
+
+    Exit code 1 where nothing meets the limits; the nearest points are shown all the same.
+    """
+    screen: Screen = context.obj
+    with _bars(screen) as progress, _quiet(screen):
+        from .frontier import page, table
+        from .recipe import dump
+        from .search import Limits, search as run_search
+
+        found = run_search(
+            model, target, Limits(max_latency_ms, max_size_mb, max_drop), data=data, task=task, train=train,
+            space=space, trials=trials, finalists=finalists, format=format, precision=precision, folder=folder,
+            progress=progress,
+        )  # fmt: skip
+    if out:
+        _save(out, found.to_json().encode())
+    if html:
+        _save(html, page(found).encode())
+    if as_json:
+        _document(screen, found.to_json())
+    else:
+        screen.out.print(table(found))
+    if recipe:
+        _save(recipe, dump(found.recipe).encode())
+    if found.best is None:
+        screen.err.print(found.refusal(), markup=False)
+        raise typer.Exit(1)
 
 
 @app.command()

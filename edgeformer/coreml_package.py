@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from coremltools.libmilstoragepython import _BlobStorageReader as Reader, _BlobStorageWriter as Writer
+from coremltools import libmilstoragepython as storage
 from coremltools.proto import FeatureTypes_pb2, MIL_pb2, Model_pb2
 
 from edgeformer_agent import mil, wire
 
 from .errors import ExportError
 
+_READER: Any = storage._BlobStorageReader  # Apple's own, in C++
+_WRITER: Any = storage._BlobStorageWriter
 MANIFEST = "Manifest.json"
 IOS_18 = 9  # of the specification: several functions in a program came with it
 LEAST_WEIGHT = 2048  # elements; smaller constants stay in floating point
@@ -66,7 +68,7 @@ def assemble(converted: Mapping[int, Converted], precision: str) -> Package:
             block = function.block_specializations[function.opset]
             if precision != "fp32":
                 _halve(function, block)
-            _store(block, Reader(str(one.weights)) if one.weights.is_file() else None, weights)
+            _store(block, _READER(str(one.weights)) if one.weights.is_file() else None, weights)
             _describe(spec.description.functions.add(name=name), one.spec.description, precision)
             work.append(_work(function, block, length))
         spec.description.defaultFunctionName = f"length_{min(converted)}"
@@ -152,17 +154,16 @@ class _Weights:
 
     def _write(self, x: np.ndarray, number: int) -> int:
         if self.writer is None:
-            make: Any = Writer
-            self.writer = make(str(self.path))
+            self.writer = _WRITER(str(self.path))
         flat = np.ascontiguousarray(x).reshape(-1)
-        write = {
+        write: dict[int, Any] = {
             MIL_pb2.FLOAT32: lambda: self.writer.write_float_data(flat),
             MIL_pb2.FLOAT16: lambda: self.writer.write_fp16_data(flat.view(np.uint16)),
             MIL_pb2.INT32: lambda: self.writer.write_int32_data(flat),
             MIL_pb2.INT8: lambda: self.writer.write_int8_data(flat),
             MIL_pb2.INT4: lambda: self.writer.write_int4_data(flat),
-        }[number]
-        return int(write())
+        }
+        return int(write[number]())
 
 
 def _channels(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -76,6 +76,7 @@ class Device:
     band_all_threads: tuple[float, float]
     os: str
     sensors: tuple[str, ...]  # what can give watts or joules; empty: nothing can
+    on_request: tuple[str, ...] = ()  # formats it also runs; a build makes them only where they are named
     l3_kb: int | None = None
     bandwidth_peak_gbs: float | None = None  # of the memory interface
     glibc: str | None = None
@@ -89,7 +90,7 @@ class Device:
 
     def runs(self, format: str) -> bool:
         """Whether the product plans this format for the device; says nothing about what this version can build."""
-        return format in self.formats
+        return format in (*self.formats, *self.on_request)
 
 
 def names() -> list[str]:
@@ -171,7 +172,7 @@ _BANDWIDTH = _number(0.1, 1000, "GB/s")
 _CACHE = _whole(4, 1 << 20, "kB")
 _WATT = _number(0.01, 1000, "W")
 
-_TOP = {"title": _TEXT, "soc": _TEXT, "formats": _FORMATS}
+_TOP = {"title": _TEXT, "soc": _TEXT, "formats": _FORMATS, "on_request": _FORMATS.optional}
 _CORES = {"name": _TEXT, "count": _whole(1, 1024, "cores"), "max_mhz": _whole(100, 10_000, "MHz")}
 _ACCELERATOR = {
     "name": _TEXT,

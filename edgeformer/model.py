@@ -87,6 +87,16 @@ class Model:
         return replace(self, module=module or self.module, history=history, **fields)
 
     @property
+    def program_inputs(self) -> tuple[wire.Tensor, ...]:
+        """Those of a program in a format that generates."""
+        return self.inputs if self.past is None else (*self.inputs, self.past)
+
+    @property
+    def program_outputs(self) -> tuple[wire.Tensor, ...]:
+        """A decoder's program also gives the keys and values of the new tokens: what `past` is made of."""
+        return (self.output,) if self.past is None else (self.output, self.past._replace(name="new"))
+
+    @property
     def max_length(self) -> int:
         """The longest sequence its programs take; 0 where no input has a sequence."""
         return self.lengths[-1] if self.lengths else 0
@@ -314,7 +324,9 @@ class _NextToken(torch.nn.Module):
         # The same rows for all of a batch, then each its own: a program runs batches of one, and the model's own code
         # knows what stands between the last layer and the logits.
         last = attention_mask.sum(-1) - 1
-        if past is not None:
+        if past is not None and past.shape[3] == 0:
+            options = {"use_cache": True}
+        elif past is not None:
             before = torch.ones(past.shape[0], past.shape[3], dtype=attention_mask.dtype)
             attention_mask = torch.cat((before, attention_mask), 1)
             options = {"use_cache": True, "past_key_values": _cache(past)}

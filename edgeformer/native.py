@@ -44,7 +44,7 @@ CORE = ("dsa", "dispatch", "cpu")
 BINDING_FLAGS = [f for f in FLAGS if f != "-std=c11"] + ["-std=c++17", "-fno-exceptions", "-fno-rtti"]
 RUNNER = "edgeformer_runner"
 EXECUTORCH = "1.5.1"  # of the wheel that is fetched for other machines than this one
-# A wheel is a C++ SDK too: headers and libraries, the same for every Python. Their digests pin what is linked and shipped.
+# A wheel is a C++ SDK too, the same for every Python. The digest pins what is linked and shipped.
 WHEELS = {
     "linux-aarch64": ("manylinux_2_28_aarch64", "8ee02348a3ea80ddf770822911ebf78da616b73afce0fbaaa79f23311c88c66a"),
 }
@@ -139,6 +139,11 @@ def binding(format: str, target: str | None = None, sdk: Path | None = None) -> 
     return done / binding_name(format)
 
 
+def operator(format: str, target: str | None = None) -> Path:
+    """What a bundle carries for a machine: the binding, or for ExecuTorch the runner that has it inside."""
+    return runner(target) if format == "executorch" else binding(format, target)
+
+
 def runner(target: str | None = None, sdk: Path | None = None) -> Path:
     """
     The program that runs .pte files without Python and torch, operator inside; the libraries it needs stand next to it.
@@ -158,8 +163,8 @@ def runner(target: str | None = None, sdk: Path | None = None) -> Path:
             zig("-target", goal.triple, "-s", "-o", str(work / RUNNER), *objects, *_link(folder, EXECUTORCH_LIBRARIES))
             for path in objects:
                 Path(path).unlink()
-            for path in libraries:
-                shutil.copyfile(path, work / path.name)
+            for needed in libraries:
+                shutil.copyfile(needed, work / needed.name)
     return done / RUNNER
 
 

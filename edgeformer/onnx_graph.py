@@ -23,15 +23,6 @@ PRODUCTS = ("MatMul", "Gemm", "MatMulInteger", "Conv", "ConvInteger", onnx_funct
 DTYPES = {"tensor(int32)": np.int32, "tensor(int64)": np.int64, "tensor(float)": np.float32}
 
 
-def inputs(model: Model) -> tuple[wire.Tensor, ...]:
-    return model.inputs if model.past is None else (*model.inputs, model.past)
-
-
-def outputs(model: Model) -> tuple[wire.Tensor, ...]:
-    """A decoder also gives the keys and values of the new tokens: what it took as `past`, for the next call."""
-    return (model.output,) if model.past is None else (model.output, model.past._replace(name="new"))
-
-
 def trace(model: Model, format: str) -> onnx.ModelProto:
     """fp32, any batch, any length up to `model.max_length`. Raises ExportError in the exporter's own words."""
     batch = torch.export.Dim("batch", min=1, max=1024)
@@ -49,8 +40,8 @@ def trace(model: Model, format: str) -> onnx.ModelProto:
                 graph,
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=[x.name for x in inputs(model)],
-                output_names=[x.name for x in outputs(model)],
+                input_names=[x.name for x in model.program_inputs],
+                output_names=[x.name for x in model.program_outputs],
                 custom_translation_table=_translations(),
                 verbose=False,
             )

@@ -176,10 +176,12 @@ def _natively(cell: Cell, program: Program, wanted: _Wanted) -> Cell:
     """With what the same program gives by our operator's library, and the library's own account of what it did."""
     if not program.sparse or program.format not in native.bindings():
         return cell
-    library = str(native.binding(program.format, native.host()))
+    library = str(native.operator(program.format, native.host()))
     with check.opened(program) as path:
-        book = journal.Journal(library)
-        run = book.watch(runners.load(program.format).load(path, described(program), 1, library))
+        run = runners.load(program.format).load(path, described(program), 1, library)
+        book = journal.journal(run, library)
+        assert book is not None  # the program is sparse
+        run = book.watch(run)
         outputs = [np.asarray(run(row)) for row in wanted.rows.rows]
     found = check.fidelity(wanted.model, outputs, wanted.same, wanted.rows.labels)
     return replace(cell, with_library=found, native=book.native())

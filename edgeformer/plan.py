@@ -56,7 +56,7 @@ def _known(formats: Sequence[str] | None, found: Sequence[devices.Device]) -> No
         raise BadInput(f"formats {list(formats)} must name at least one format, each once")
     for name in formats:
         if name not in (*registry.names(), *registry.PLANNED):
-            raise UnknownFormat(name, [f for device in found for f in device.formats])
+            raise UnknownFormat(name, [f for device in found for f in (*device.formats, *device.on_request)])
 
 
 def _exports(
@@ -67,7 +67,8 @@ def _exports(
     names = [name for name in (wanted or device.formats) if device.runs(name) or not several]
     for name in names:
         if not device.runs(name):
-            raise BadInput(f"{device.name} does not run {name}; it runs {', '.join(device.formats)}")
+            runs = ", ".join((*device.formats, *device.on_request))
+            raise BadInput(f"{device.name} does not run {name}; it runs {runs}")
         if name not in here:
             raise FormatNotYet(name, device.name, [f for f in device.formats if f in here])
     if not names:

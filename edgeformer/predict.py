@@ -49,8 +49,13 @@ def on(device: Device, format: str, precision: str) -> Device:
     if gpu is None or format not in gpu.formats:
         return device
     peak = gpu.fp16_gflops if precision == "fp16" or gpu.fp32_gflops is None else gpu.fp32_gflops
-    rates = {"fp32_gflops": peak, "fp32_gflops_all": peak}
-    return replace(device, **rates, fp32_efficiency=gpu.efficiency, fp32_efficiency_all=gpu.efficiency)
+    return replace(
+        device,
+        fp32_gflops=peak,
+        fp32_gflops_all=peak,
+        fp32_efficiency=gpu.efficiency,
+        fp32_efficiency_all=gpu.efficiency,
+    )
 
 
 def row_ms(work: Sequence[wire.Work], length: int, device: Device, threads: int = 1) -> float:

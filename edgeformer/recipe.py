@@ -74,7 +74,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Kitchen:
-    """What passes are given besides settings. rows: with labels where the data has them; teacher: the model unchanged."""
+    """What passes get besides settings. rows: with labels where the data has them; teacher: the unchanged model."""
 
     teacher: Model
     rows: rows_of.Rows

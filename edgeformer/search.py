@@ -47,7 +47,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Limits:
-    """What the device must do. Latency is the median over the rows; drop is a share of what fp32 has. None: no limit."""
+    """What the device must do. Latency: median over the rows; drop: a share of what fp32 has. None: no limit."""
 
     max_latency_ms: float | None = None
     max_size_mb: float | None = None
@@ -294,6 +294,8 @@ def _tried(study: optuna.Study, bench: _Bench, space: Recipe, trials: int, seed:
         trial = study.ask()
         settings = {name: _suggested(trial, name, found) for name, found in ranges(space).items()}
         known = next((t for t in done if t.params == trial.params), None)
+        for key, value in (known.user_attrs if known else {}).items():
+            trial.set_user_attr(key, value)
         try:
             proxy = Proxy(*known.values) if known else bench.proxy(closed(space, settings))
         except EdgeformerError as error:
@@ -351,7 +353,7 @@ def _beats(a: Sequence[float], b: Sequence[float]) -> bool:
 
 
 def _modelled_ms(model: Model, tokens: Sequence[int], device: Device, precision: str) -> float:
-    """Roofline over linear layers and dense attention, median over rows; for comparing trials, not for telling users."""
+    """Roofline over linear layers and dense attention, median over rows: to compare trials, not to tell users."""
     weights = sum(m.weight.numel() for m in model.module.modules() if isinstance(m, torch.nn.Linear))
     try:
         channels = sum(layer.heads * layer.dim for layer in swap.layers(model.module))
@@ -374,7 +376,7 @@ def _weights_mb(model: Model, precision: str) -> float:
 
 
 def _timed(program: Program, rows: rows_of.Rows, dense: Program, dense_rows: rows_of.Rows) -> tuple[float, float]:
-    """Mean over rows of each row's median ms of CPU time, one thread; and how many times the dense one's it is faster."""
+    """Mean over rows of each row's median ms of CPU time, one thread; and the dense one's over it."""
     picked = _thin(len(rows.rows), PROXY_ROWS)
     with check.opened(program) as a, check.opened(dense) as b:
         runs = [

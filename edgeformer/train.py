@@ -99,12 +99,12 @@ def fit(
         raise BadInput("no rows to train on")
     steps = max(round(recipe.epochs * per_epoch), 1)
     learned: dict[str, Tensor] = {name: x for name, x in module.named_parameters() if x.requires_grad}
-    optimizer = _optimizer(learned, recipe)
-    identity = _digest(learned, lengths, recipe, made_of)
-    first, mean = _resume(checkpoint, identity, module, learned, optimizer)
     began, saved, order, epoch = time.process_time(), time.monotonic(), [], -1
-    module.train()
     with torch.random.fork_rng(devices=[]), _recomputed(module, recipe.recompute):
+        optimizer = _optimizer(learned, recipe)
+        identity = _digest(learned, lengths, recipe, made_of)
+        first, mean = _resume(checkpoint, identity, module, learned, optimizer)
+        module.train()
         for step in range(first, steps):
             if step // per_epoch != epoch:
                 epoch = step // per_epoch

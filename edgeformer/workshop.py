@@ -147,11 +147,15 @@ def _placed(made: Made, rows: Rows, device: devices.Device) -> Made:
 
 
 def _libraries(program: Program, device: devices.Device) -> dict[str, Path]:
-    """Machine -> the operator compiled for it. Without glibc the app's own tool chain links the operator."""
-    if not program.sparse or not device.glibc:
+    """
+    Machine -> the operator compiled for it. Without glibc the app's own tool chain links the operator. ExecuTorch's
+    Python runtime needs torch, which boards do not have: they get its runner, with or without sparse attention.
+    """
+    runtime_too = program.format == "executorch" and device.name != "host"
+    if not device.glibc or not (program.sparse or runtime_too):
         return {}
     machine = native.host() if device.name == "host" else f"linux-{device.arch}"
-    return {machine: native.binding(program.format, machine)}
+    return {machine: native.operator(program.format, machine)}
 
 
 def _fits(program: Program, device: devices.Device) -> None:

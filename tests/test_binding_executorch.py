@@ -1,9 +1,8 @@
-"""DSA in ExecuTorch: the kernel in the Python runtime, and in a C++ runner that CMake builds."""
+"""DSA in ExecuTorch's Python runtime. Its own runner is in test_runner_executorch.py."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,25 +107,4 @@ def test_without_the_kernel_the_method_does_not_load(files: Path) -> None:
 
 def test_another_platform_needs_its_wheel() -> None:
     with pytest.raises(native.BuildError, match="needs that platform's executorch wheel"):
-        native.binding("executorch", "linux-aarch64")
-
-
-@pytest.mark.skipif(not shutil.which("cmake") or not shutil.which("g++"), reason="needs cmake and g++")
-def test_a_cpp_runner_links_it(files: Path, tmp_path: Path) -> None:
-    import executorch
-
-    site = Path(next(iter(executorch.__path__))).parent
-    folder = native.sources() / "bindings" / "executorch"
-    configure = ["cmake", "-S", str(folder), "-B", str(tmp_path), f"-DCMAKE_PREFIX_PATH={site / 'executorch'}"]
-    for command in (configure, ["cmake", "--build", str(tmp_path)]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, (done.stdout + done.stderr)[-1500:]
-    rows = np.load(files / "encoder.npz")
-    for i, x in enumerate(rows.values()):
-        (tmp_path / f"{i}.bin").write_bytes(x.tobytes())
-    arguments = [str(files / "encoder.pte"), str(LENGTH), "0.bin", "1.bin", "out.bin"]
-    done = subprocess.run([str(tmp_path / "dsa_runner"), *arguments], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-800:]
-    out = np.frombuffer((tmp_path / "out.bin").read_bytes(), np.float32)
-    np.testing.assert_allclose(out, np.load(files / "encoder.want.npy").reshape(-1), rtol=0, atol=5e-6)
-    assert json.loads(done.stdout)["native_calls"] == sparse_models.LAYERS
+        native.binding("executorch", "macos-aarch64")

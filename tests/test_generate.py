@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 
 import edgeformer as ef  # noqa: E402
-from edgeformer import device as devices, formats, native  # noqa: E402
+from edgeformer import formats, native  # noqa: E402
 from edgeformer.attention import dsa, op, swap  # noqa: E402
 from edgeformer.attention.reference import Config  # noqa: E402
 from edgeformer.errors import BadInput  # noqa: E402
@@ -33,7 +33,7 @@ BLOCKS = Config(block_q=16, block_k=16, n_sink=1)
 
 def opened(model: Model, name: str, folder: Path, library: Path | None = None) -> tuple[Any, wire.Entry]:
     """The fp32 program of a format, by its runner."""
-    program = next(formats.load(name).export(model, devices.load("host"), ("fp32",)))
+    program = next(formats.load(name).export(model, ("fp32",)))
     for file, content in program.files.items():
         (folder / file).write_bytes(content)
     none = wire.Prediction("host", 1, wire.Metrics(), 1, 1, "")
@@ -122,7 +122,8 @@ def test_sparse_tokens_with_the_library_and_without(tmp_path: Path) -> None:
     wanted = theirs(whole, PROMPT)
     library = native.binding("onnx", native.host())
     run, entry = opened(model, "onnx", tmp_path, library)
-    journal = agent_native.Journal(str(library))
+    journal = agent_native.journal(run, str(library))
+    assert journal is not None
     calls: list[wire.Native] = []
 
     def watched(row: Any, every: bool) -> Any:
@@ -135,6 +136,13 @@ def test_sparse_tokens_with_the_library_and_without(tmp_path: Path) -> None:
     assert calls[0].kept and max(calls[0].kept) < 0.9 and max(calls[-1].kept) < 0.95
     assert decoding.greedy(reopened(entry, tmp_path, None), entry, PROMPT, NEW) == wanted
     assert theirs(families.tiny("llama"), PROMPT) != wanted  # so dense attention would show
+
+
+@pytest.mark.slow
+def test_executorch_gives_the_tokens_of_transformers(tmp_path: Path) -> None:
+    pytest.importorskip("executorch")
+    run, entry = opened(load(families.tiny("llama"), name="tiny", lengths=(160,)), "executorch", tmp_path)
+    assert decoding.greedy(run, entry, PROMPT, NEW) == theirs(families.tiny("llama"), PROMPT)
 
 
 def test_from_a_bundle(bundle: ef.Bundle) -> None:

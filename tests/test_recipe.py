@@ -57,7 +57,7 @@ def test_a_pass_that_is_not_used_is_left_out() -> None:
 )
 def test_a_mistake_is_named(text: str, words: str, tmp_path: Path, kitchen: Kitchen) -> None:
     (tmp_path / "bad.toml").write_text(text)
-    with pytest.raises(BadInput, match="recipe bad|does not describe") as error:
+    with pytest.raises(BadInput, match=r"recipe bad|does not describe") as error:
         recipe.cooked(recipe.load(tmp_path / "bad.toml"), kitchen)
     assert words in str(error.value)
 

@@ -174,6 +174,20 @@ def test_the_attributes_are_the_reference_config() -> None:
     assert tuple(listed) == INTEGERS and {*INTEGERS, "scale"} == set(vars(ref.Config()))
 
 
+@pytest.mark.slow
+def test_an_nvcc_takes_the_plugin(tmp_path: Path) -> None:
+    """Not the board's 10.2, and for the oldest GPU it knows; the shim is out of its reach."""
+    nvcc = shutil.which("nvcc", path=f"{os.environ.get('PATH', '')}{os.pathsep}/usr/local/cuda/bin")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    shutil.copy(STUBS / "NvInfer.h", tmp_path)
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    words = ["-std=c++14", "-Werror=all-warnings", "-Wno-deprecated-gpu-targets", f"-arch={known[0]}", "-c"]
+    source = [str(SOURCES / "dsa_plugin.cu"), "-o", str(tmp_path / "plugin.o")]
+    run = subprocess.run([nvcc, *words, f"-I{tmp_path}", *source], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
 SANITIZED = ("shape-33-block-32-dim-128", "rule-1-theta-0.75", "padding-zero", "batch-2-lengths", "gqa-4-1-per_kv-1")
 
 
@@ -188,7 +202,8 @@ def test_no_sanitizer_complains(tmp_path: Path) -> None:
     code = (
         "import sys, numpy as np; sys.path.insert(0, sys.argv[1]); import test_tensorrt_plugin as t\n"
         "library = t.opened(t.Path(sys.argv[2]))\n"
-        "for name in t.SANITIZED:\n    for dtype in (np.float32, np.float16):\n        t.check_whole(library, name, dtype)\n"
+        "for name in t.SANITIZED:\n"
+        "    for dtype in (np.float32, np.float16):\n        t.check_whole(library, name, dtype)\n"
         "print(library.edgeformer_dsa_calls())"
     )
     options = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "LD_PRELOAD": runtime.strip()}

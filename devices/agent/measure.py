@@ -62,7 +62,7 @@ def measure(folder, manifest, entry, options):
     )
     if not golden.passed:
         return result
-    journal = native.Journal(library) if library else None
+    journal = native.journal(run, library) if library else None
     return _steady(folder, manifest, run, options, result, held_mb, journal)
 
 
@@ -72,13 +72,13 @@ def _open(folder, entry, threads, library):
     start = time.perf_counter()
     try:
         runner = runners.load(entry.format)
+        version = runner.version(library)
     except ImportError as error:
         raise Unavailable(
             "{} is not installed ({}). Run: pip install '{}>={},<{}'".format(
                 entry.runtime.package, error, entry.runtime.package, entry.runtime.minimum, entry.runtime.below
             )
         )
-    version = runner.version()
     if not _within(version, entry.runtime):
         raise Unavailable(
             "{} {} is installed, the program needs >={},<{}".format(

@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import sys
-from typing import Any, Callable, List, Optional
+from typing import Any, Callable, List, Optional, Tuple
 
 from . import cases, runners, score, wire
 
@@ -58,9 +58,8 @@ def main():
     with open(os.path.join(folder, "manifest.json"), "rb") as file:
         manifest = wire.load_manifest(file.read())  # verified by who started this
     entry = next(e for e in manifest.programs if e.name == program)
-    row = cases.load(os.path.join(folder, manifest.cases.golden)).rows[0]
     try:
-        why = compare(folder, entry, int(threads), library, manifest.task, row)
+        why = compare(folder, manifest, entry, int(threads), library)
     except Exception as error:
         why = "{}: {}".format(type(error).__name__, error)
     if why:
@@ -68,30 +67,63 @@ def main():
     return 1 if why else 0
 
 
-def compare(folder, entry, threads, library, task, row):
-    # type: (str, wire.Entry, int, str, wire.Task, cases.Row) -> Optional[str]
+def compare(folder, manifest, entry, threads, library):
+    # type: (str, wire.Manifest, wire.Entry, int, str) -> Optional[str]
     """Runs one row both ways; what speaks against the library, or None."""
-    runner, path = runners.load(entry.format), os.path.join(folder, entry.path)
-    want = runner.load(path, entry, threads)(row)
-    journal = Journal(library)
-    got = journal.watch(runner.load(path, entry, threads, library))(row)
-    if not journal.native().calls_per_run:
+    golden = cases.load(os.path.join(folder, manifest.cases.golden))
+    runner, path, row = runners.load(entry.format), os.path.join(folder, entry.path), golden.rows[0]
+    try:
+        want = runner.load(path, entry, threads)(row)
+    except ImportError:  # no runtime here but the one that the library is: then what the build machine computed
+        want = golden.outputs[entry.name][0]
+    run = runner.load(path, entry, threads, library)
+    watched = journal(run, library)
+    got = watched.watch(run)(row) if watched else run(row)
+    if watched and not watched.native().calls_per_run:
         return "the library was not called"
-    similar = float(score.similarity(task, [got], [want])[0])
+    similar = float(score.similarity(manifest.task, [got], [want])[0])
     if similar < entry.golden_similarity:
         return "similarity {:.6f} with the run without it, needs {:.6f}".format(similar, entry.golden_similarity)
     return None
 
 
-class Journal:
-    """Sums up what the library says about each run: how often it was called, what it kept in each layer."""
+def journal(run, library):
+    # type: (Any, str) -> Optional[Journal]
+    """Of what the function `run`, loaded with this library, lets our operator do; None where it has none to run."""
+    counters = run.counters if hasattr(run, "counters") else _InProcess(library).read
+    return Journal(counters) if counters else None
+
+
+class _InProcess:
+    """A library of ours that a runtime has loaded into this process."""
 
     def __init__(self, library):
         # type: (str) -> None
         self._library = ctypes.CDLL(library)
         self._library.edgeformer_dsa_kernels.restype = ctypes.c_char_p
         self._library.edgeformer_dsa_calls.restype = ctypes.c_int64
-        self._calls = None  # type: Optional[int]
+
+    def read(self):
+        # type: () -> Tuple[str, int, List[Tuple[int, int]]]
+        calls = int(self._library.edgeformer_dsa_calls())
+        flat = (ctypes.c_int64 * (2 * LAYERS))()
+        layers = int(self._library.edgeformer_dsa_kept(LAYERS, flat))
+        self._library.edgeformer_dsa_reset()
+        kept = [(int(flat[2 * i]), int(flat[2 * i + 1])) for i in range(layers)]
+        return self._library.edgeformer_dsa_kernels().decode("ascii"), calls, kept
+
+
+class Journal:
+    """
+    Sums up what the operator says about each run: how often it was called, what it kept in each layer.
+
+    `counters()` is the kernel set, the calls and (kept, candidate blocks) of each call since it was asked last.
+    """
+
+    def __init__(self, counters):
+        # type: (Callable[[], Any]) -> None
+        self._counters = counters
+        self._kernels, self._calls = "", None  # type: str, Optional[int]
         self._kept, self._candidates = [], []  # type: List[int], List[int]
 
     def watch(self, run):
@@ -100,28 +132,26 @@ class Journal:
 
         def watched(row):
             # type: (cases.Row) -> Any
-            self._library.edgeformer_dsa_reset()
+            self._counters()
             output = run(row)
-            self._add()
+            self._add(*self._counters())
             return output
 
         return watched
 
-    def _add(self):
-        # type: () -> None
-        calls = int(self._library.edgeformer_dsa_calls())
-        pairs = (ctypes.c_int64 * (2 * LAYERS))()
-        layers = int(self._library.edgeformer_dsa_kept(LAYERS, pairs))
-        missing = layers - len(self._kept)
+    def _add(self, kernels, calls, kept):
+        # type: (str, int, Any) -> None
+        missing = len(kept) - len(self._kept)
         self._kept += [0] * missing
         self._candidates += [0] * missing
-        for i in range(layers):
-            self._kept[i] += pairs[2 * i]
-            self._candidates[i] += pairs[2 * i + 1]
+        for i, (blocks, candidates) in enumerate(kept):
+            self._kept[i] += blocks
+            self._candidates[i] += candidates
+        self._kernels = kernels
         self._calls = calls if self._calls is None else min(self._calls, calls)
 
     def native(self):
         # type: () -> wire.Native
         """What was added up; the fewest calls that any run made."""
         kept = tuple(kept / float(max(all_, 1)) for kept, all_ in zip(self._kept, self._candidates))
-        return wire.Native(self._calls or 0, self._library.edgeformer_dsa_kernels().decode("ascii"), kept)
+        return wire.Native(self._calls or 0, self._kernels, kept)

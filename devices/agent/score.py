@@ -71,7 +71,7 @@ def similarity(task, got, want):
 
 
 def metric(task, outputs, labels):
-    # type: (wire.Task, Sequence[Any], Sequence[Any]) -> float
+    # type: (wire.Task, Any, Any) -> float
     """
     accuracy: share of rows whose argmax is the label; of tokens, those with a label (token_classification: an array of
     labels a row, IGNORED where there is none); of passages, each of whose rows must be right (next_token: the passage's
@@ -80,7 +80,9 @@ def metric(task, outputs, labels):
     row's label is `answer_label`). spearman, pearson: correlation of predictions and labels, of their ranks or of their
     values. A row that is not finite is wrong; it has no rank, so that nothing is correlated then.
     """
-    finite = [bool(np.isfinite(row).all()) for row in outputs]
+    whole = getattr(outputs, "ndim", 0) == 2  # at once, where a bootstrap asks a thousand times
+    rows = np.isfinite(outputs).all(axis=1) if whole else [np.isfinite(row).all() for row in outputs]
+    finite = [bool(ok) for ok in rows]
     if task.metric in ("spearman", "pearson"):
         if not all(finite):
             return 0.0
@@ -92,13 +94,13 @@ def metric(task, outputs, labels):
         got = _matrix(outputs)
         table = _confusion(np.where(finite, got.argmax(axis=1), -1), np.asarray(labels), got.shape[1])
         return _matthews(table) if task.metric == "mcc" else _macro_f1(table)
-    rows = list(zip(outputs, labels, finite))
+    judged = list(zip(outputs, labels, finite))
     if task.metric == "accuracy":
-        chosen = [(_logits(task, row).argmax(axis=1) == _wanted(task, label)) & ok for row, label, ok in rows]
+        chosen = [(_logits(task, row).argmax(axis=1) == _wanted(task, label)) & ok for row, label, ok in judged]
         return _accuracy(task, chosen, labels)
     if task.metric in ("exact_match", "f1"):
         rule = _f1 if task.metric == "f1" else _exact
-        return float(np.mean([_answered(row, label, rule) if ok else 0.0 for row, label, ok in rows]))
+        return float(np.mean([_answered(row, label, rule) if ok else 0.0 for row, label, ok in judged]))
     raise ValueError("no metric {!r}; known: {}".format(task.metric, ", ".join(METRICS)))
 
 
@@ -245,6 +247,8 @@ def _f1(said, wanted):
 
 def _matrix(rows):
     # type: (Any) -> Any
+    if getattr(rows, "ndim", 0) == 2:
+        return rows.astype(np.float64)
     return np.stack([np.ravel(row) for row in rows]).astype(np.float64)
 
 

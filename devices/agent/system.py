@@ -181,9 +181,17 @@ def batteries(root="/"):
 
 def memory(held_mb):
     # type: (float) -> wire.Memory
-    """Of this process. `held_mb` is `rss_mb()` from before the runtime was imported."""
-    peak = peak_rss_mb()
-    return wire.Memory(peak_rss_mb=peak, growth_mb=max(0.0, peak - held_mb), pss_mb=pss_mb())
+    """
+    Of this process and of those it has started, as a runtime may be one. `held_mb` is `rss_mb()` from before the
+    runtime was imported.
+    """
+    import psutil
+
+    children = [str(child.pid) for child in psutil.Process().children(recursive=True)]
+    peak = peak_rss_mb() + sum((_field("/", "proc/{}/status".format(c), "VmHWM") or 0) / 1024.0 for c in children)
+    pss = [pss_mb()] + [pss_mb(process=child) for child in children]
+    whole = None if None in pss else sum(pss)  # type: ignore[arg-type]
+    return wire.Memory(peak_rss_mb=peak, growth_mb=max(0.0, peak - held_mb), pss_mb=whole)
 
 
 def peak_rss_mb(root="/"):
@@ -203,10 +211,10 @@ def rss_mb(root="/"):
     return kib / 1024.0 if kib is not None else peak_rss_mb(root)
 
 
-def pss_mb(root="/"):
-    # type: (str) -> Optional[float]
+def pss_mb(root="/", process="self"):
+    # type: (str, str) -> Optional[float]
     """Held now, with shared pages divided among their users. Linux 4.14 or later."""
-    kib = _field(root, "proc/self/smaps_rollup", "Pss")
+    kib = _field(root, "proc/{}/smaps_rollup".format(process), "Pss")
     return kib / 1024.0 if kib is not None else None
 
 

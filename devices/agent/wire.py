@@ -108,7 +108,8 @@ class Entry(NamedTuple):
     predicted: Prediction
     checked: Fidelity
     golden_similarity: float  # the self-check's floor against this program's own output on the build machine
-    # Machine ("linux-aarch64") -> file with our operator, which makes the program faster and never different.
+    # Machine ("linux-aarch64") -> file with our operator, which makes the program faster and never different. For
+    # executorch it is a runtime too, so that a device needs none.
     libraries: Dict[str, str] = {}  # noqa: RUF012 (never changed)
 
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
+from .reference import LAST_ROWS
+
 Tensor = torch.Tensor
 OUT, FAR = -1e30, 1e9  # beyond any logit; beyond any position
 NO_SCORE = -3.2e38  # NaN and -inf are not above it
@@ -63,6 +65,7 @@ def dsa(
 ) -> Tensor:
     batch, heads, rows, dim = q.shape
     groups, k_rows = k.shape[1:3]
+    q_offset = k_rows - rows if q_offset == LAST_ROWS else q_offset
     a, b = _blocks(rows, block_q, q_len), _blocks(k_rows, block_k, kv_len)
     q, k, v = _clean(q, a), _heads(_clean(k, b), heads), _heads(_clean(v, b), heads)
     candidate, last, first = _candidates(a, b, kv_len, causal, q_offset)
@@ -143,7 +146,7 @@ def _all_if_short(keep: Tensor, rows: int | torch.SymInt, dense_below: int) -> T
     """
     if isinstance(rows, int):
         return torch.maximum(keep, torch.ones_like(keep)) if rows <= dense_below else keep
-    return torch.maximum(keep, (torch.full((), rows) <= dense_below).to(keep.dtype))
+    return torch.maximum(keep, (torch.ones(rows).sum() <= dense_below).to(keep.dtype))
 
 
 def _mass(z: Tensor, candidate: Tensor) -> Tensor:

@@ -162,6 +162,11 @@ def set_thetas(model: torch.nn.Module, by_length: Mapping[int, Tensor]) -> None:
     for_length(model, max(by_length))
 
 
+def has_thetas(model: torch.nn.Module) -> bool:
+    """Whether thresholds for several lengths travel with the model."""
+    return bool(getattr(transformer(model).config, RECORD).get("theta"))
+
+
 def for_length(model: torch.nn.Module, length: int) -> int:
     """Puts in force what was calibrated for the shortest length that holds `length`, else for the longest."""
     whole = transformer(model)

@@ -8,6 +8,7 @@ and masks and positions fold away. ML programs have no custom operator: sparse a
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import warnings
@@ -24,6 +25,8 @@ import torch
 
 from edgeformer_agent import wire
 
+from ..attention import static, swap
+from ..attention.dsa import Scorer
 from ..coreml_package import MANIFEST, MASKED, Converted, assemble
 from ..errors import ExportError
 from ..model import Model
@@ -78,9 +81,10 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
 def _converted(model: Model, length: int, made: list[Any]) -> Converted:
     """One length in fp32, inputs and output under the model's names."""
     with torch.no_grad(), _quiet():
-        program = torch.export.export(model.module, model.example(length)).run_decompositions(_decompositions())
+        with _attention(model, length) as module:
+            program = torch.export.export(module, model.example(length))
         converted: Any = ct.convert(
-            program,
+            program.run_decompositions(_decompositions()),
             convert_to="mlprogram",
             minimum_deployment_target=ct.target.iOS18,
             compute_precision=ct.precision.FLOAT32,
@@ -93,6 +97,23 @@ def _converted(model: Model, length: int, made: list[Any]) -> Converted:
     for tensor, feature in zip(model.inputs, list(spec.description.input), strict=True):
         ct.utils.rename_feature(spec, feature.name, tensor.name, rename_outputs=False)
     return Converted(spec, Path(converted.weights_dir) / "weight.bin")
+
+
+@contextmanager
+def _attention(model: Model, length: int) -> Iterator[torch.nn.Module]:
+    """The module with its sparse layers in the form that this length gets."""
+    if not any(isinstance(m, Scorer) for m in model.module.modules()):
+        yield model.module
+        return
+    module = copy.deepcopy(model.module)
+    if swap.has_thetas(module):
+        swap.for_length(module, length)
+    sparse = [layer for layer in swap.layers(module) if hasattr(layer.module, swap.SCORER)]
+    forms = {x.number: static.form(swap.scorer(x), length, x.causal) for x in sparse}
+    with swap.replaced(module, lambda layer: forms.get(layer.number)):
+        if not any(forms.values()):
+            swap.transformer(module).set_attn_implementation("eager")
+        yield module
 
 
 @contextmanager
@@ -112,7 +133,49 @@ def _decompositions() -> dict[Any, Any]:
         _aten.where.ScalarOther: lambda condition, x, y: torch.where(condition, x, _number(y)),
         _aten.__and__.Tensor: torch.logical_and,
         _aten.alias.default: lambda x: x,
+        _aten.diagonal.default: _diagonal,
+        _aten.gelu.default: _gelu,
+        _aten.scaled_dot_product_attention.default: _dense_attention,
     }
+
+
+def _diagonal(x: torch.Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> torch.Tensor:
+    """Of a batch with itself, as in `rows[i, place[i]]`; the batch is 1. The converter (9.0) does nothing for it."""
+    if offset or x.shape[dim1] != 1 or x.shape[dim2] != 1:
+        raise ExportError(f"coreml: the diagonal of a tensor of shape {tuple(x.shape)}; only of two axes of 1")
+    kept = [n for i, n in enumerate(x.shape) if i not in (dim1 % x.ndim, dim2 % x.ndim)]
+    return x.reshape([*kept, 1])
+
+
+def _gelu(x: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
+    """The converter (9.0) overlooks `approximate`; spelled out, a pass of its own finds the operator again."""
+    if approximate == "none":
+        unchanged: torch.Tensor = NotImplemented
+        return unchanged
+    return 0.5 * x * (1.0 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * torch.pow(x, 3))))
+
+
+def _dense_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    dropout: float = 0.0,  # noqa: ARG001 (0 in a model that is not trained)
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Of a layer that stays dense between sparse ones."""
+    if enable_gqa and q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    logits = q @ k.transpose(-1, -2) * (scale or q.shape[-1] ** -0.5)
+    if is_causal:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    if mask is not None:
+        bias = torch.where(mask, _number(0.0), _number(-MASKED)) if mask.dtype == torch.bool else mask
+        logits = logits + bias
+    return logits.softmax(-1) @ v
 
 
 def _new_ones(x: torch.Tensor, size: Sequence[int], dtype: torch.dtype | None = None, **_: Any) -> torch.Tensor:

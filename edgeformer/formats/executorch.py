@@ -3,6 +3,9 @@ ExecuTorch (.pte): XNNPACK for matrix products and what surrounds them, any sequ
 
 Sparse attention is the operator `edgeformer::dsa.out` in the method `forward`; the method `standard` computes it in
 standard operators. Both share one copy of the weights, and the runner takes the one it has kernels for.
+
+A decoder's program starts with these methods and goes on with `forward_next` (`standard_next`): one token after those
+whose keys and values it is given.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ PRECISIONS = ("int8", "fp32")
 RUNTIME = wire.Runtime("executorch", "1.5", "2")
 GLIBC = "2.27"  # read from the libraries' symbols; the wheel's tag claims 2.28
 NATIVE, STANDARD = "forward", "standard"
+NEXT = "_next"  # ends the names of a decoder's methods for a further token
 PRODUCTS = ("linear", "matmul", "bmm", "mm", "addmm", "conv2d", "convolution")
 # What XNNPACK gets of the standard form. It takes a padding that depends on the length for a constant.
 PLAIN = [LinearConfig, BMMConfig, SoftmaxConfig, GeluConfig]
@@ -52,7 +56,8 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
         module = _int8(model.module) if precision == "int8" else model.module
         try:
             graph = _graph(model, module)
-            content = _lowered(graph)
+            further = {} if model.past is None else {NEXT: _next_graph(model, module, model.past)}
+            content = _lowered({"": graph, **further})
         except Exception as error:
             raise ExportError(
                 f"executorch: {model.name} does not lower in {precision}: {type(error).__name__}: {error}"
@@ -61,8 +66,8 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
             format="executorch",
             precision=precision,
             files={"model.pte": content},
-            inputs=model.inputs,
-            outputs=(model.output,),
+            inputs=model.program_inputs,
+            outputs=model.program_outputs,
             lengths=(),
             runtime=RUNTIME,
             needs=wire.Needs(glibc=GLIBC),
@@ -77,15 +82,39 @@ def _graph(model: Model, module: torch.nn.Module) -> Any:
     # Neither 1 nor the maximum, and as many blocks as there can be: a size of 1 would be taken for a constant.
     example = model.example(max(model.max_length - 1, 2))
     with torch.no_grad():
-        return torch.export.export(module, example, dynamic_shapes=(shapes,), strict=False)
+        start = module if model.past is None else _Start(module, model.past)
+        return torch.export.export(start, example, dynamic_shapes=(shapes,), strict=False)
 
 
-def _lowered(graph: Any) -> bytes:
-    methods, partitioners = {NATIVE: graph}, {NATIVE: [_partitioner(graph)]}
-    if _sparse(graph):
-        methods[STANDARD] = graph.run_decompositions({torch.ops.edgeformer.dsa.default: _standard})
-        CSEPass()(methods[STANDARD].graph_module)  # what a layer says about blocks and lengths, every layer says
-        partitioners[STANDARD] = [_partitioner(graph, PLAIN)]
+class _Start(torch.nn.Module):
+    """A decoder from its first token on: it also gives the keys and values."""
+
+    def __init__(self, decoder: torch.nn.Module, past: wire.Tensor) -> None:
+        super().__init__()
+        self.decoder, self.nothing = decoder, torch.zeros([1, *(max(n, 0) for n in past.shape[1:])])
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.decoder(*tensors, self.nothing)
+
+
+def _next_graph(model: Model, module: torch.nn.Module, past: wire.Tensor) -> Any:
+    """One token after up to `model.max_length` - 1 others."""
+    most = model.max_length - 1
+    before = torch.zeros([1, *(most if n < 0 else n for n in past.shape[1:])])
+    shapes = (*({} for _ in model.inputs), {3: torch.export.Dim.AUTO(min=1, max=most)})
+    with torch.no_grad():
+        return torch.export.export(module, (*model.example(1), before), dynamic_shapes=(shapes,), strict=False)
+
+
+def _lowered(graphs: dict[str, Any]) -> bytes:
+    """`graphs`: what follows the methods' names -> graph."""
+    methods, partitioners = {}, {}
+    for suffix, graph in graphs.items():
+        methods[NATIVE + suffix], partitioners[NATIVE + suffix] = graph, [_partitioner(graph)]
+        if _sparse(graph):
+            standard = graph.run_decompositions({torch.ops.edgeformer.dsa.default: _standard})
+            CSEPass()(standard.graph_module)  # what a layer says about blocks and lengths, every layer says
+            methods[STANDARD + suffix], partitioners[STANDARD + suffix] = standard, [_partitioner(graph, PLAIN)]
     lowered = to_edge_transform_and_lower(
         methods,
         partitioner=partitioners,
@@ -109,16 +138,17 @@ def _sparse(graph: Any) -> bool:
     return any(_name(node) == "dsa" for node in graph.graph.nodes)
 
 
-def _standard(q: Tensor, k: Tensor, v: Tensor, *rest: Any, compute: int = 0, **config: Any) -> Tensor:
+def _standard(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **config: Any) -> Tensor:
     """The operator as its decomposition; attention in float, whatever `compute` asks of the native one."""
+    config.pop("compute", None)
     if reason := composite.inexpressible(**{n: config.pop(n) for n in ("rule", "max_blocks") if n in config}):
         raise ValueError(reason)
-    *scorer, q_len, kv_len = (*rest, None, None)[:7]
+    wq, wk, dist_bias, sink_bias, theta, q_len, kv_len = (*rest, None, None)[:7]
     q_len, kv_len = (
         torch.full(x.shape[:1], x.shape[2], dtype=torch.int32) if given is None else given
         for x, given in ((q, q_len), (k, kv_len))
     )
-    return composite.dsa(q, k, v, *scorer, q_len, kv_len, **config)
+    return composite.dsa(q, k, v, wq, wk, dist_bias, sink_bias, theta, q_len, kv_len, **config)
 
 
 # --- int8 -------------------------------------------------------------------------------------------------------------

@@ -1,15 +1,16 @@
 """
 ONNX of opset 13 for TensorRT 8.2 (JetPack 4.6), and the sources from which the device builds what runs it.
 
-`model.onnx` is in standard operators and runs anywhere. A model with sparse attention has `plugin.onnx` beside it, where
-each such layer is one node of our plugin. The device compiles plugin and runner with its own nvcc (there is no cross
-compiler for it here) and builds the engine once. Both files are fp32: `build.txt` says in which precision the engine is
-built, which nodes stay fp32 in it, and for which sizes.
+`model.onnx` is in standard operators and runs anywhere. A model with sparse attention has `plugin.onnx` beside it,
+where each such layer is one node of our plugin. The device compiles plugin and runner with its own nvcc (there is no
+cross compiler for it here) and builds the engine once. Both files are fp32: `build.txt` says in which precision the
+engine is built, which nodes stay fp32 in it, and for which sizes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from edgeformer_agent import wire
 
@@ -29,8 +30,8 @@ USUAL_LENGTH = 128
 
 
 def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
-    """Any batch up to 4, any length up to `model.max_length`. Raises ExportError with the node the device would refuse."""
-    traced = onnx_graph.trace(model, "tensorrt")
+    """Any batch up to 4, any length up to `model.max_length`. Raises ExportError, naming what would be refused."""
+    traced = onnx_graph.trace(replace(model, past=None), "tensorrt")  # it does not generate
     sparse = onnx_function.present(traced)
     made = {"model.onnx": lower.standard(traced)} | ({"plugin.onnx": lower.with_plugin(traced)} if sparse else {})
     for name, lowered in made.items():
@@ -42,7 +43,7 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
         yield Program(
             format="tensorrt",
             precision=precision,
-            files={**files, "build.txt": _plan(model, precision, made), **_sources()},
+            files={**files, "build.txt": _plan(model, precision, made), **_sources(sparse)},
             inputs=model.inputs,
             outputs=(model.output,),
             lengths=(),
@@ -77,7 +78,7 @@ def _word(name: str) -> str:
     return name
 
 
-def _sources() -> dict[str, bytes]:
+def _sources(sparse: bool) -> dict[str, bytes]:
     """What the device compiles, next to the program."""
-    folder = native.sources() / "tensorrt"
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".cu", ".cuh", ".cc")}
+    names = ("runner.cc", *(("dsa_plugin.cu", "dsa_kernels.cuh") if sparse else ()))
+    return {name: (native.sources() / "tensorrt" / name).read_bytes() for name in names}

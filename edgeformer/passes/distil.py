@@ -81,12 +81,14 @@ def distil(
     recipe: Recipe = Recipe(),  # noqa: B008 (frozen)
     augment: Augment = Augment(),
     length: int = 128,
+    dropout: float = 0.0,
     folder: str | Path | None = None,
     progress: Progress = quiet,
 ) -> Pass:
     """
-    `labels`: one a text, for `losses.hard`. `length`: longest text in tokens. `folder`: where the teacher's outputs and
-    the checkpoint are kept; a second call with the same arguments goes on from there. Raises BadInput.
+    `labels`: one a text, for `losses.hard`. `length`: longest text in tokens. `dropout`: in the student as it learns;
+    a teacher that answers every row leaves little to overfit. `folder`: where the teacher's outputs and the checkpoint
+    are kept; a second call with the same arguments goes on from there. Raises BadInput.
     """
     if losses.hard and labels is None:
         raise BadInput("losses.hard needs labels, one a text")
@@ -102,8 +104,11 @@ def distil(
             raise BadInput("feature, relation and batch compare tokens; teacher and student cut texts differently")
         known = answers(teacher, theirs, losses.deep, Path(folder) if folder else None, recipe.bf16, progress)
         module = copy.deepcopy(model.module)
+        for part in module.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = dropout
         learner = _Learner(model, module, known, _targets(labels, len(read_texts)), rows, losses)
-        made_of = _digest(repr((losses, model.task.kind, known.made_of, labels)), rows)
+        made_of = _digest(repr((losses, dropout, model.task.kind, known.made_of, labels)), rows)
         name = _digest(f"{made_of} {recipe} {_of(module)}", ())[:16]
         checkpoint = Path(folder) / "students" / f"{name}.safetensors" if folder else None
         with _tapped(module, losses.deep) as taken:

@@ -328,8 +328,9 @@ def _observe(
 
         def keep(number: int, args: Any, output: Tensor, inputs: Any = inputs, outputs: Any = outputs) -> Tensor:
             inputs[number] = args[0].detach()
-            outputs[number] = output.detach().requires_grad_() if not output.requires_grad else output
-            return outputs[number]
+            watched = output if output.requires_grad else output.detach().requires_grad_()
+            outputs[number] = watched
+            return watched
 
         hooks = [
             m.register_forward_hook(lambda _m, args, y, n=n, keep=keep: keep(n, args, y)) for n, m in enumerate(outs)

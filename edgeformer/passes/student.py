@@ -72,6 +72,8 @@ def width(hidden: int, *, ffn: int = 0) -> Pass:
     def run(model: Model) -> Model:
         outer = copy.deepcopy(model.module)
         whole: Any = _transformer(outer)
+        weights = {name: x.detach() for name, x in whole.state_dict().items()}
+        axes = {name: _axes(model, name) for name in weights}
         config = copy.deepcopy(whole.config)
         size = config.hidden_size // config.num_attention_heads
         if not 0 < hidden <= config.hidden_size or hidden % size:
@@ -80,8 +82,6 @@ def width(hidden: int, *, ffn: int = 0) -> Pass:
         if not 0 < inner <= config.intermediate_size:
             raise BadInput(f"ffn {inner} must be above 0 and at most {config.intermediate_size}")
         config.hidden_size, config.num_attention_heads, config.intermediate_size = hidden, hidden // size, inner
-        weights = {name: x.detach() for name, x in whole.state_dict().items()}
-        axes = {name: _axes(model, name) for name in weights}
         kept = _kept(weights, axes, {"hidden": hidden, "heads": hidden // size, "ffn": inner}, size)
         narrow = type(whole)(config).float().eval()
         if getattr(whole, "pooler", 0) is None:
@@ -313,6 +313,6 @@ def _cut_embeddings(module: torch.nn.Module, kept: list[int], pad: int | None) -
 
 def _table(rows: Tensor, pad: int | None) -> torch.nn.Embedding:
     """An embedding that can be trained, of the given rows."""
-    made = torch.nn.Embedding(*rows.shape, padding_idx=pad)
+    made = torch.nn.Embedding(rows.shape[0], rows.shape[1], padding_idx=pad)
     made.weight.data = rows.clone()
     return made

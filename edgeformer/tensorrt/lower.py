@@ -385,7 +385,7 @@ def _reciprocal(w: _Writer, node: onnx.NodeProto) -> None:
 
 def _mod(w: _Writer, node: onnx.NodeProto) -> None:
     """Of integers that are not negative."""
-    a, b, near, out = *node.input, node.name, node.output[0]
+    (a, b), near, out = node.input, node.name, node.output[0]
     whole = w.add("Mul", [w.add("Div", [a, b], f"{out}/times", near), b], f"{out}/whole", near)
     w.add("Sub", [a, whole], out, near)
 

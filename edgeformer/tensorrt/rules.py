@@ -122,7 +122,7 @@ def _type(value: onnx.ValueInfoProto) -> tuple[int, tuple[int, ...] | None]:
 
 
 def hold(proto: onnx.ModelProto, name: str, fp32: Collection[str] | None = None) -> None:
-    """Raises ExportError with the first breaches. `fp32`: the nodes an fp16 engine computes in fp32; None: all of them."""
+    """Raises ExportError with the first breaches. `fp32`: the nodes that an fp16 engine computes in fp32; None: all."""
     found = breaches(proto, fp32)
     if found:
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
@@ -181,7 +181,7 @@ def _weights(graph: _Graph) -> Iterator[Breach]:
                 yield Breach(node, "INT64 becomes INT32", str(bad), "keep integers within 32 bits")
 
 
-def _supported(graph: _Graph, node: onnx.NodeProto) -> Iterator[Breach]:
+def _supported(_: _Graph, node: onnx.NodeProto) -> Iterator[Breach]:
     if node.op_type not in TYPES and node.op_type != PLUGIN:
         remedy = _REMEDIES.get(node.op_type, "write it with operators that are (see `rules.TYPES`)")
         yield Breach("", "an operator of the parser", node.op_type, remedy)
@@ -244,10 +244,22 @@ def _attributes(graph: _Graph, node: onnx.NodeProto) -> Iterator[Breach]:
         yield Breach("", "no ellipsis", given["equation"].decode(), "write MatMul and Transpose")
     if op in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2 and any(_small(graph, node.input[2])):
         yield Breach("", "zero point 0", node.input[2], "quantize symmetrically")
-    if op == PLUGIN and (
-        missing := [n for n in (*onnx_function.INTEGERS, "scale", "plugin_version") if n not in given]
-    ):
+
+
+def _plugin(graph: _Graph, node: onnx.NodeProto) -> Iterator[Breach]:
+    """Sizes that the plugin's kernels have."""
+    if node.op_type != PLUGIN:
+        return
+    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    missing = [name for name in (*onnx_function.INTEGERS, "scale", "plugin_version") if name not in given]
+    if missing:
         yield Breach("", "every attribute of the plugin is there", f"without {', '.join(missing)}", "write it out")
+    shape = graph.types.get(node.input[0], (0, None))[1]
+    sizes = {"head": shape[3] if shape is not None and len(shape) == 4 else -1}
+    sizes |= {name: given[name] for name in ("block_q", "block_k") if name in given}
+    for name, size in sizes.items():
+        if size not in range(16, 129, 16):
+            yield Breach("", f"{name} of 16 to 128, a multiple of 16", str(size), "leave the model dense")
 
 
 def _small(graph: _Graph, name: str) -> list[float]:
@@ -263,5 +275,5 @@ def _half_range(graph: _Graph, node: onnx.NodeProto) -> Iterator[Breach]:
 
 
 _NODE_RULES: tuple[Callable[[_Graph, onnx.NodeProto], Iterator[Breach]], ...] = (
-    _supported, _types, _ranks, _constants, _dynamic, _attributes,
+    _supported, _types, _ranks, _constants, _dynamic, _attributes, _plugin,
 )  # fmt: skip

@@ -146,9 +146,9 @@ def opened(entry: Entry, folder: Path) -> tuple[Callable[[Any], Any], natives.Jo
     path = folder / entry.program.entry
     folder.mkdir()
     path.write_bytes(entry.program.files[entry.program.entry])
-    library = str(native.binding(entry.program.format)) if entry.ours else None
+    library = str(native.operator(entry.program.format)) if entry.ours else None
     run = runners.load(entry.program.format).load(str(path), entry.program, 1, library)
-    return run, natives.Journal(library) if library else None
+    return run, natives.journal(run, library) if library else None
 
 
 def measure(entries: list[Entry], row: Any, want: Any, seconds: float, folder: Path) -> dict[str, Timed]:

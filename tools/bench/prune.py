@@ -12,6 +12,7 @@ median. `zipped` is the size after zlib -9. Calibration reads train.tsv.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path[0] = str(Path(__file__).parents[2])
 
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
-from edgeformer import data, device, formats, model as models  # noqa: E402
-from edgeformer.passes import Pass, prune  # noqa: E402
+from edgeformer import data, device, formats, model as models, structure  # noqa: E402
+from edgeformer.passes import Pass, dynamic, prune, unstructured  # noqa: E402
 from edgeformer_agent import runners  # noqa: E402
 
 Entry = dict[str, Any]
@@ -37,11 +40,40 @@ LENGTHS = (16, 32, 48, 64, 128)
 PASSES = 4  # over the rows that are timed
 
 
-def variants(arguments: argparse.Namespace, rows: data.Rows) -> Iterator[tuple[str, Pass | None]]:
+def variants(arguments: argparse.Namespace, rows: data.Rows, cost: prune.Cost) -> Iterator[tuple[str, Pass | None]]:
     yield "dense", None
-    for method in arguments.methods.split(","):
+    for method in filter(None, arguments.methods.split(",")):
         for keep in arguments.keep:
-            yield f"{method} keep {keep:g}", prune.structured(rows, keep=keep, method=method)
+            yield f"{method} keep {keep:g}", prune.structured(rows, keep=keep, method=method, cost=cost)
+    if arguments.dynamic:
+        yield "tokens keep 0.6", dynamic.tokens(rows, keep=0.6, after=1)
+        yield "early exit", dynamic.early_exit(rows, after=2)
+    for method in unstructured.METHODS if arguments.unstructured else ():
+        for share in (0.5, 0.8):
+            yield f"zeros {method} {share:g}", unstructured.weights(rows, share=share, method=method)
+        yield f"zeros {method} 2:4", unstructured.weights(rows, pattern=(2, 4), method=method)
+
+
+def measured(model: models.Model, arguments: argparse.Namespace, rows: list[data.Row]) -> prune.Cost:
+    """The cost table of the first format on this machine, from programs with fewer heads, or columns, in each layer."""
+    groups, format = structure.groups(model), formats.load(arguments.formats[0])
+    layers = len({g.layer for g in groups})
+    points = {(kind, part): g.units * part // 4 for g in groups for kind in [g.kind] for part in (0, 2, 4)}
+    runs = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for (kind, part), left in points.items():
+            module = copy.deepcopy(model.module)
+            for group in groups:
+                if group.kind == kind and part < 4:
+                    structure.cut(module, group, torch.arange(left))
+            made = next(format.export(replace(model, module=module), device.load("host"), [arguments.precision]))
+            runs[f"{kind} {part}"] = opened(made, Path(folder) / f"{kind}-{part}")
+        ms = timed(runs, rows)
+    table: dict[str, dict[int, float]] = {}
+    for (kind, part), left in points.items():
+        table.setdefault(kind, {})[left] = max((ms[f"{kind} {part}"] - ms[f"{kind} 0"]) / layers, 0.0)
+    show({"costs": arguments.formats[0], "ms_a_layer": table})
+    return prune.tabulated(table)
 
 
 def interval(right: int, count: int) -> tuple[float, float]:
@@ -88,11 +120,13 @@ def main() -> None:
     train = data.load(model, arguments.data / "train.tsv", "sst2", most=arguments.rows)
     dev = data.load(model, arguments.data / "dev.tsv", "sst2")
     model, host = data.with_task(model, train), device.load("host")
+    picked = list(dev.rows)[:: arguments.every]
+    cost = measured(model, arguments, picked) if arguments.costs == "measured" else prune.operations
     entries: list[Entry] = []
     with tempfile.TemporaryDirectory() as folder:
         runs: dict[str, dict[str, Callable[[data.Row], Any]]] = {name: {} for name in arguments.formats}
         dense: dict[str, np.ndarray] = {}
-        for number, (name, step) in enumerate(variants(arguments, train)):
+        for number, (name, step) in enumerate(variants(arguments, train, cost)):
             began = time.process_time()
             made = step(model) if step else model
             spent, facts = time.process_time() - began, made.history[-1].facts
@@ -112,7 +146,6 @@ def main() -> None:
                     }
                 )  # fmt: skip
                 show(entries[-1])
-        picked = list(dev.rows)[:: arguments.every]
         for format, programs in runs.items():
             ms = timed(programs, picked)
             for name, value in ms.items():
@@ -131,6 +164,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--keep", type=lambda s: [float(x) for x in s.split(",")], default=[0.8, 0.6, 0.5, 0.4])
     parser.add_argument("--methods", default="obs,fisher,taylor,magnitude")
     parser.add_argument("--formats", type=lambda s: s.split(","), default=["onnx", "litert"])
+    parser.add_argument("--costs", choices=("measured", "operations"), default="measured", help="what units cost")
+    parser.add_argument("--dynamic", action="store_true", help="token pruning and early exit as well; ONNX only")
+    parser.add_argument("--unstructured", action="store_true", help="zeros among the weights as well")
     parser.add_argument("--precision", default="int8")
     parser.add_argument("--every", type=int, default=4, help="one of so many dev rows is timed")
     return parser.parse_args()

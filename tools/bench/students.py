@@ -1,114 +1,274 @@
 """
-Small students of MiniLM on SST-2, trained and held against it.
+Small students of MiniLM on SST-2, held against the unmodified int8 model: accuracy, size and speed, in one table.
 
-    python tools/bench/students.py --data ../shared/data --model ../shared/models/minilm-sst2
+    python tools/bench/students.py --data ../shared/data --model ../shared/models/minilm-sst2 --out students.json
+
+Each student is cut out of the model by passes, distilled on the training texts and on texts made from them, exported
+as int8 ONNX and LiteRT, and judged on the dev rows by the runners that devices use. A run that was stopped goes on
+where it was (--work). The figures come from this machine, one thread; latencies are interleaved with the unmodified
+model's, so compare ratios and not milliseconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import os
+import statistics
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 sys.path[0] = str(Path(__file__).parents[2])
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
 
-from edgeformer import check, data as rows_of, model as models  # noqa: E402
-from edgeformer.passes import distil, student  # noqa: E402
+from edgeformer import data, evaluate, formats, model as models  # noqa: E402
+from edgeformer.model import Model  # noqa: E402
+from edgeformer.passes import Pass, distil, student  # noqa: E402
+from edgeformer.program import Program  # noqa: E402
 from edgeformer.train import Recipe  # noqa: E402
+from edgeformer.workshop import described  # noqa: E402
+from edgeformer_agent import runners  # noqa: E402
 
+FORMATS = ("onnx", "litert")
 LENGTHS = (16, 32, 48, 64, 128)
+TRAIN_TOKENS = 64
+TIMED_ROWS, ROUNDS = 150, 7
+SAY_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
-class Spec:
+class Goal:
+    accuracy: float
+    size_mb: float  # program and tokenizer, millions of bytes
+    speedup: float  # against the fastest int8 program of the unmodified model
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a student is cut and trained, and what it should reach."""
+
+    goal: Goal
     layers: int
-    hidden: int = 0
-    ffn: int = 0
-    rank: int = 0
-    recipe: Recipe = Recipe(epochs=3, batch=64, rate=5e-4)
-    losses: distil.Losses = distil.Losses(response=1.0, hard=0.3)
-    copies: int = 2
+    hidden: int
+    ffn: int
+    recipe: Recipe
+    losses: distil.Losses
+    copies: int = 1  # texts made from each text
+
+    def passes(self, teacher: Model, texts: list[str], labels: list[float], work: Path, progress: Any) -> list[Pass]:
+        return [
+            student.layers(self.layers),
+            student.width(self.hidden, ffn=self.ffn),
+            student.vocabulary(texts),
+            student.positions(LENGTHS[-1]),
+            distil.distil(
+                teacher,
+                texts,
+                labels=labels,
+                losses=self.losses,
+                recipe=self.recipe,
+                augment=distil.Augment(self.copies),
+                length=TRAIN_TOKENS,
+                folder=work,
+                progress=progress,
+            ),
+        ]
 
 
-SPECS = {
-    "large": Spec(3, 384, ffn=1152, recipe=Recipe(epochs=1, batch=64, rate=2e-4), copies=1),
-    "medium": Spec(2, 256, recipe=Recipe(epochs=2, batch=64, rate=4e-4), copies=1),
-    "small": Spec(1, 192, recipe=Recipe(epochs=3, batch=64, rate=8e-4), copies=1),
+LOSSES = distil.Losses(response=1.0, hard=0.3)
+PLANS = {
+    "small": Plan(Goal(0.8422, 4, 10), 2, 192, 512, Recipe(epochs=1.5, batch=64, rate=8e-4), LOSSES, copies=0),
+    "medium": Plan(Goal(0.8599, 6, 5), 3, 256, 512, Recipe(epochs=1, batch=64, rate=5e-4), LOSSES, copies=0),
+    "large": Plan(Goal(0.8776, 12, 2), 3, 384, 1152, Recipe(epochs=1, batch=64, rate=2e-4), LOSSES, copies=0),
 }
 
 
-def tsv(path):
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
-    return [r[0].strip() for r in rows], [float(r[1]) for r in rows]
+@dataclass(frozen=True)
+class Line:
+    """One int8 program in the table."""
+
+    student: str
+    format: str
+    accuracy: evaluate.Estimate
+    fp32_accuracy: float
+    difference: evaluate.Difference | None  # to the unmodified model in fp32
+    program_mb: float
+    tokenizer_mb: float
+    latency_ms: float
+    speedup: float | None  # against the fastest unmodified int8 program, interleaved
+    train_cpu_s: float | None  # of this run; a part of it where an earlier run was gone on from
+
+    def reaches(self, goal: Goal) -> bool:
+        small = self.program_mb + self.tokenizer_mb <= goal.size_mb
+        return small and self.accuracy.value >= goal.accuracy and (self.speedup or 0) >= goal.speedup
 
 
-class Log:
-    def __init__(self):
-        self.began, self.last = {}, 0.0
+class Said:
+    """Progress as lines, each with the time left."""
 
-    def __call__(self, what, done, total):
+    def __init__(self, name: str) -> None:
+        self.name, self.last, self.began = name, 0.0, dict[str, tuple[int, float]]()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
         first, at = self.began.setdefault(what, (done, now))
-        if now - self.last > 20 or done == total:
+        if now - self.last >= SAY_EVERY_S or done == total:
             self.last = now
             left = (total - done) * (now - at) / max(done - first, 1)
-            print(f"{what} {done}/{total} left {left:.0f}s cpu {time.process_time():.0f}s", flush=True)
+            print(f"{self.name}: {what} {done}/{total}, {left:.0f} s left", file=sys.stderr, flush=True)
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--model", type=Path, required=True)
+def texts(path: Path) -> tuple[list[str], list[float]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
+    return [row[0].strip() for row in rows], [float(row[1]) for row in rows]
+
+
+def programs(model: Model) -> Iterator[Program]:
+    for name in FORMATS:
+        yield from formats.load(name).export(model, ["int8"])
+
+
+def latencies(one: dict[str, Program], rows: dict[str, data.Rows]) -> dict[str, float]:
+    """Mean over rows of the median over rounds, in ms; the programs take turns on every row."""
+    with tempfile.TemporaryDirectory() as folder:
+        steps: dict[str, Callable[[Any], Any]] = {}
+        for name, program in one.items():
+            path = Path(folder) / name.replace("/", "-")
+            path.write_bytes(program.files[program.entry])
+            steps[name] = runners.load(program.format).load(str(path), described(program), 1)
+        count = len(next(iter(rows.values())).rows)
+        picked = range(0, count, max(count // TIMED_ROWS, 1))
+        means: dict[str, list[float]] = {name: [] for name in one}
+        for i in picked:
+            taken: dict[str, list[float]] = {name: [] for name in one}
+            for _ in range(ROUNDS):
+                for name, step in steps.items():
+                    row, began = rows[name].rows[i], time.perf_counter()
+                    step(row)
+                    taken[name].append(1000 * (time.perf_counter() - began))
+            for name in one:
+                means[name].append(statistics.median(taken[name]))
+    return {name: statistics.fmean(x) for name, x in means.items()}
+
+
+def tokenizer_mb(model: Model) -> float:
+    return sum(len(x) for name, x in (model.files or {}).items() if name.startswith("tokenizer/")) / 1e6
+
+
+def made(plan: Plan, teacher: Model, folder: Path, work: Path, name: str) -> tuple[Model, float]:
+    began = time.process_time()
+    found, labels = texts(folder / "train.tsv")
+    model = teacher
+    for step in plan.passes(teacher, found, labels, work, Said(name)):
+        model = step(model)
+        print(f"{name}: {model.history[-1].name} {model.history[-1].facts}", file=sys.stderr, flush=True)
+    return model, time.process_time() - began
+
+
+def judge(
+    name: str,
+    model: Model,
+    dev: Path,
+    fp32: evaluate.Evaluation | None,
+    unmodified: dict[str, Program],
+    base: data.Rows,
+) -> tuple[list[Line], dict[str, Program], evaluate.Evaluation]:
+    """Both formats of one model, timed in turns with the unmodified ones."""
+    rows = data.load(model, dev, "sst2")
+    own = evaluate.evaluate(model, rows, "sst2", name=name)
+    here = {f"{name}/{p.format}": p for p in programs(model)}
+    both = unmodified | here
+    timed = latencies(both, {n: rows if n in here else base for n in both})
+    best = min((timed[n] for n in unmodified), default=0.0)
+    lines = []
+    for n, program in here.items():
+        found = evaluate.evaluate(program, rows, "sst2", name=n)
+        lines.append(
+            Line(
+                student=name,
+                format=program.format,
+                accuracy=found.estimates[0],
+                fp32_accuracy=own.estimates[0].value,
+                difference=evaluate.against(found, fp32 or own)[0],
+                program_mb=program.size_bytes / 1e6,
+                tokenizer_mb=tokenizer_mb(model),
+                latency_ms=timed[n],
+                speedup=best / timed[n] if best else None,
+                train_cpu_s=None,
+            )
+        )
+    return lines, here, own
+
+
+def table(lines: Sequence[Line]) -> Table:
+    shown = Table(title="SST-2 dev, int8, one thread")
+    for column in "student,format,accuracy,95 %,against fp32,p,fp32,MB,+ tokenizer,ms,x,goal".split(","):
+        shown.add_column(column, justify="left" if column in ("student", "format") else "right")
+    for x in lines:
+        d, goal = x.difference, PLANS[x.student].goal if x.student in PLANS else None
+        shown.add_row(
+            x.student,
+            x.format,
+            f"{x.accuracy.value:.4f}",
+            f"{x.accuracy.low:.3f}-{x.accuracy.high:.3f}",
+            f"{d.value:+.4f}" if d else "",
+            f"{d.p_value:.2g}" if d else "",
+            f"{x.fp32_accuracy:.4f}",
+            f"{x.program_mb:.2f}",
+            f"{x.program_mb + x.tokenizer_mb:.2f}",
+            f"{x.latency_ms:.3f}",
+            f"{x.speedup:.1f}" if x.speedup else "",
+            "" if goal is None else "reached" if x.reaches(goal) else "missed",
+        )
+    return shown
+
+
+def write(out: Path, lines: Sequence[Line]) -> None:
+    goals = {name: asdict(plan.goal) for name, plan in PLANS.items()}
+    work = out.with_suffix(".part")
+    work.write_text(json.dumps({"goals": goals, "lines": [asdict(x) for x in lines]}, indent=1) + "\n")
+    work.replace(out)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with sst2/train.tsv and sst2/dev.tsv")
+    parser.add_argument("--model", type=Path, required=True, help="MiniLM fine-tuned on SST-2")
+    parser.add_argument("--out", type=Path, default=Path("students.json"))
     parser.add_argument("--work", type=Path, default=Path("~/.cache/edgeformer/students").expanduser())
-    parser.add_argument("--only", default="small,medium,large")
-    parser.add_argument("--limit", type=int, default=0)
-    parser.add_argument("--set", default="")
-    a = parser.parse_args()
+    parser.add_argument("--only", default=",".join(PLANS), help=f"some of {', '.join(PLANS)}")
+    arguments = parser.parse_args()
+    folder, wanted = arguments.data / "sst2", arguments.only.split(",")
+    if missing := [str(p) for p in (folder / "train.tsv", folder / "dev.tsv", arguments.model) if not p.exists()]:
+        print(f"not there: {', '.join(missing)}", file=sys.stderr)
+        return 3
+    if unknown := sorted({*wanted} - {*PLANS}):
+        parser.error(f"no student {', '.join(unknown)}; known: {', '.join(PLANS)}")
     torch.set_num_threads(1)
-    teacher = models.load(a.model, lengths=LENGTHS)
-    texts, labels = tsv(a.data / "sst2" / "train.tsv")
-    if a.limit:
-        texts, labels = texts[: a.limit], labels[: a.limit]
-    dev = rows_of.load(teacher, a.data / "sst2" / "dev.tsv", "sst2")
-    log = Log()
-    for name in a.only.split(","):
-        spec = eval(f"replace(SPECS[name], {a.set})") if a.set else SPECS[name]
-        began = time.process_time()
-        made = teacher
-        passes = [student.layers(spec.layers), student.vocabulary(texts), student.positions(128)]
-        if spec.hidden:
-            passes.insert(1, student.width(spec.hidden, ffn=spec.ffn))
-        if spec.rank:
-            passes.append(student.embeddings(spec.rank))
-        for step in passes:
-            made = step(made)
-            print(made.history[-1], flush=True)
-        made = distil.distil(
-            teacher,
-            texts,
-            labels=labels,
-            losses=spec.losses,
-            recipe=spec.recipe,
-            augment=distil.Augment(spec.copies),
-            length=64,
-            folder=a.work,
-            progress=log,
-        )(made)
-        print(made.history[-1])
-        rows = rows_of.load(made, a.data / "sst2" / "dev.tsv", "sst2")
-        out = np.stack(check.reference(made, rows.rows, lambda n: None))
-        print("ACC", name, (out.argmax(1) == rows.labels).mean(), "cpu", time.process_time() - began, spec, flush=True)
+    teacher = models.load(arguments.model, lengths=LENGTHS)
+    base = data.load(teacher, folder / "dev.tsv", "sst2")
+    lines, unmodified, fp32 = judge("unmodified", teacher, folder / "dev.tsv", None, {}, base)
+    for name in wanted:
+        model, cpu_s = made(PLANS[name], teacher, folder, arguments.work, name)
+        found, _, _ = judge(name, model, folder / "dev.tsv", fp32, unmodified, base)
+        lines += [Line(**{**vars(x), "train_cpu_s": round(cpu_s, 1)}) for x in found]
+        write(arguments.out, lines)
+    Console().print(table(lines))
+    reached = {x.student for x in lines if x.student in PLANS and x.reaches(PLANS[x.student].goal)}
+    return 0 if reached == {*wanted} else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

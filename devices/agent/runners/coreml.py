@@ -1,5 +1,5 @@
 """
-Core ML, by this agent's own interpreter of ML programs (`mil`, `mil_ops`): what a package computes, wherever numpy runs.
+Core ML, by this agent's own interpreter of ML programs (`mil`, `mil_ops`): what a package computes, where numpy runs.
 
 It says nothing about the speed of Core ML; on an iPhone the app under devices/ios runs the same package.
 """
@@ -13,8 +13,8 @@ from .. import cases, mil, mil_ops, wire
 CORE_ML = "8"  # the newest operator set the interpreter reads, that of iOS 18
 
 
-def version():
-    # type: () -> str
+def version(library=None):  # noqa: ARG001 (the library does not bring the runtime)
+    # type: (Optional[str]) -> str
     return CORE_ML
 
 
@@ -23,7 +23,6 @@ def load(path, entry, threads=1, library=None):  # noqa: ARG001
     """`path` is the package's Manifest.json. `threads` is numpy's own business."""
     package = mil.Package(os.path.dirname(path))
     lengths = entry.lengths or (0,)
-    output = entry.outputs[0].name
     functions = {}  # those met so far: a program of five lengths opens one of them
 
     def run(row):
@@ -36,6 +35,7 @@ def load(path, entry, threads=1, library=None):  # noqa: ARG001
         if length not in functions:
             functions[length] = mil_ops.compile(package, "length_{}".format(length))
         feed = {tensor.name: cases.padded(row[tensor.name], tensor, length)[None] for tensor in entry.inputs}
-        return functions[length](feed)[output][0]
+        found = functions[length](feed)[entry.outputs[0].name][0]
+        return found[:natural] if entry.outputs[0].shape[1:2] == (-1,) else found
 
     return run

@@ -1,11 +1,14 @@
 """
 ExecuTorch (.pte). Any sequence length: a row runs at its natural one.
 
-Where the bundle brings a runner for this machine it is a process of its own, without Python and torch, and the row
-travels over its pipes (the protocol stands in runtimes/bindings/executorch/runner.cc). Else ExecuTorch's Python runtime.
+Where the bundle brings a runner for this machine it is a process of its own, without Python and torch, and rows travel
+over its pipes (the protocol stands in runtimes/bindings/executorch/runner.cc). Else it is ExecuTorch's Python runtime.
 
 A program with sparse attention has two methods with one copy of the weights: `forward` needs our operator, which that
 runner has, and `standard` computes it in standard operators.
+
+A decoder's program has further methods, `forward_next` and `standard_next`, for one token after the row's `past`. Only
+the Python runtime takes them so far: the bundle's own runner has one method, which starts from nothing.
 """
 
 import contextlib
@@ -18,16 +21,16 @@ from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from .. import cases, wire
+from .. import cases, decoding, wire
 
-NATIVE, STANDARD = "forward", "standard"
+NATIVE, STANDARD, NEXT = "forward", "standard", "_next"
 OPERATOR = "edgeformer::dsa.out"
 PROTOCOL = 1
 TYPES = {"int32": 3, "int64": 4, "float32": 6}
 LAST_LINES, SECONDS = 3, 60
 
 
-class Broken(RuntimeError):
+class Broken(Exception):
     """The runner refused a request, or it is gone."""
 
 
@@ -53,7 +56,9 @@ def version(library=None):
 def load(path, entry, threads=1, library=None):
     # type: (str, wire.Entry, int, Optional[str]) -> Callable[[cases.Row], Any]
     """With a library the function has `counters`: what our operator did, None where the program does not have it."""
-    return _python(path, entry, threads) if library is None else Runner(library, path, entry.inputs, threads)
+    if library is None:
+        return _python(path, entry, threads)
+    return Runner(library, path, tuple(x for x in entry.inputs if x.name != decoding.PAST), threads)
 
 
 def _python(path, entry, threads):
@@ -68,24 +73,32 @@ def _python(path, entry, threads):
     runtime = Runtime.get()
     program = runtime.load_program(path)
     native = STANDARD not in program.method_names or OPERATOR in runtime.operator_registry.operator_names
-    method = program.load_method(NATIVE if native else STANDARD)
+    name = NATIVE if native else STANDARD
+    methods = {name: program.load_method(name)}
 
-    def run(row):
-        # type: (cases.Row) -> Any
-        feed = [torch.from_numpy(row[x.name][None].astype(x.dtype)) for x in entry.inputs]
-        return method.execute(feed)[0][0].numpy().copy()
+    def run(row, every=False):
+        # type: (cases.Row, bool) -> Any
+        past = row.get(decoding.PAST)
+        goes_on = past is not None and past.shape[2] > 0
+        inputs = [x for x in entry.inputs if goes_on or x.name != decoding.PAST]
+        method = name + NEXT if goes_on else name
+        if method not in methods:
+            methods[method] = program.load_method(method)
+        feed = [torch.from_numpy(row[x.name][None].astype(x.dtype)) for x in inputs]
+        outputs = methods[method].execute(feed)
+        return tuple(x[0].numpy().copy() for x in outputs) if every else outputs[0][0].numpy().copy()
 
     return run
 
 
 class Runner:
-    """One method of one program in the bundle's own runner. Raises Broken with the runner's words, also when it dies."""
+    """One method of a program in the bundle's own runner. Raises Broken with the runner's words, also when it dies."""
 
     def __init__(self, library, path, inputs, threads=1, method=NATIVE, profile=False):
         # type: (str, str, Tuple[wire.Tensor, ...], int, str, bool) -> None
         _executable(library)
         self._inputs = inputs
-        self._said = tempfile.TemporaryFile()  # not a pipe: nobody reads it while the runner works
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (not a pipe: nobody reads it while the runner works)
         command = [library, path, method, str(threads)] + (["profile"] if profile else [])
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, bufsize=0
@@ -101,7 +114,7 @@ class Runner:
         except Exception:
             self.close()
             raise
-        self.counters = self._counters if STANDARD in self.methods and method == NATIVE else None
+        self._counts = STANDARD in self.methods and method == NATIVE
         self.last_ns = 0  # of the last run, inside the runtime
 
     def __call__(self, row):
@@ -116,6 +129,11 @@ class Runner:
         told = _Reader(self._ask(b"P" + self._packed(row)))
         times = [(told.text(), told.take("Q") / 1e6) for _ in range(told.take("I"))]
         return sorted(times, key=lambda pair: -pair[1])
+
+    @property
+    def counters(self):
+        # type: () -> Optional[Callable[[], Counted]]
+        return self._counters if self._counts else None
 
     def _counters(self):
         # type: () -> Counted

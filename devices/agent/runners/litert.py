@@ -9,8 +9,8 @@ from ai_edge_litert.interpreter import Interpreter, load_delegate
 from .. import cases, wire
 
 
-def version():
-    # type: () -> str
+def version(library=None):  # noqa: ARG001 (the library does not bring the runtime)
+    # type: (Optional[str]) -> str
     return str(ai_edge_litert.__version__)
 
 

@@ -12,8 +12,8 @@ import onnxruntime
 from .. import cases, decoding, wire
 
 
-def version():
-    # type: () -> str
+def version(library=None):  # noqa: ARG001 (the library does not bring the runtime)
+    # type: (Optional[str]) -> str
     return str(onnxruntime.__version__)
 
 

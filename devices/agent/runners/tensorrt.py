@@ -1,8 +1,8 @@
 """
 TensorRT 8.2 on a Jetson; anywhere else a stand-in that says so.
 
-On the device the program's own C++ and CUDA sources are compiled once with JetPack's compilers, the engine is built once
-from the ONNX file, and both are kept in the user's cache under a hash of everything that went in. Where there is no
+On the device the program's own C++ and CUDA sources are compiled once with JetPack's compilers, the engine is built
+once from the ONNX file, and both are kept in the user's cache under a hash of everything that went in. Without
 TensorRT, ONNX Runtime computes the standard-operator file on the CPU, which is what the build machine's check needs.
 fp16 is then modelled: every floating-point result and weight is rounded to fp16, arithmetic inside an operator is fp32,
 and the nodes that the engine keeps in fp32 are not rounded. The order of the GPU's sums is not modelled.
@@ -11,10 +11,10 @@ and the nodes that the engine keeps in fp32 are not rounded. The order of the GP
 import ctypes
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
-from typing import Any, Callable, Dict, List, Optional, Set
+from typing import Any, Callable, List, Optional, Set
 
 import numpy as np
 
@@ -30,14 +30,14 @@ except OSError:
 
 PLAN, STANDARD, PLUGIN = "build.txt", "model.onnx", "plugin.onnx"
 CUDA = "/usr/local/cuda"
-FLAGS = ["-std=c++14", "-O3", "-shared", "-fPIC"]
+FLAGS = ["-std=c++14", "-O3", "-shared"]
 ARCHITECTURES = ["-gencode=arch=compute_53,code=sm_53", "-gencode=arch=compute_53,code=compute_53"]  # code, and PTX
 MESSAGE = 1024  # bytes of an error text
 MOST_OUTPUT = 1 << 20  # values of one row's output
 
 
-def version():
-    # type: () -> str
+def version(library=None):  # noqa: ARG001 (the library does not bring the runtime)
+    # type: (Optional[str]) -> str
     """Of TensorRT; where there is none, a text that no program's range admits."""
     if _NVINFER is None:
         return "0 (none here; onnxruntime {} stands in)".format(onnxruntime.__version__)
@@ -120,3 +120,150 @@ def _rounded(path, exact):
                 array = numpy_helper.to_array(weight).astype(np.float16).astype(np.float32)
             weight.CopyFrom(numpy_helper.from_array(array, weight.name))
     return bytes(model.SerializeToString())
+
+
+# --- the device -------------------------------------------------------------------------------------------------------
+
+
+def _engine(path, entry):
+    # type: (str, wire.Entry) -> Callable[[cases.Row], Any]
+    folder = os.path.dirname(os.path.abspath(path))
+    library = _compiled(folder, "runner.cc", _runner_command())
+    plugin = _plugin(folder) if os.path.exists(os.path.join(folder, PLUGIN)) else None
+    session = _open(library, _built(library, folder, STANDARD if plugin is None else PLUGIN))
+    run = _runs(library, session, entry)
+    return run if plugin is None else _proven(run, plugin)
+
+
+def _plugin(folder):
+    # type: (str) -> Optional[ctypes.CDLL]
+    """The plugin, known to TensorRT from now on; None, and a word on stderr, where it cannot be built."""
+    try:
+        library = _compiled(folder, "dsa_plugin.cu", _plugin_command())
+    except OSError as error:
+        sys.stderr.write("tensorrt: sparse attention runs in standard operators: {}\n".format(error))
+        return None
+    library.edgeformer_dsa_calls.restype = ctypes.c_int64
+    return library
+
+
+def _runner_command():
+    # type: () -> List[str]
+    places = ["-I{}/include".format(CUDA), "-L{}/lib64".format(CUDA)]
+    return [_tool("g++", [])] + FLAGS + ["-fPIC"] + places + ["-lnvinfer", "-lnvonnxparser", "-lcudart"]
+
+
+def _plugin_command():
+    # type: () -> List[str]
+    return [_tool("nvcc", [CUDA + "/bin"])] + FLAGS + ["-Xcompiler", "-fPIC"] + ARCHITECTURES + ["-lnvinfer"]
+
+
+def _tool(name, places):
+    # type: (str, List[str]) -> str
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath)] + places)
+    found = shutil.which(name, path=path)
+    if found is None:
+        raise OSError("{} is missing; JetPack has it: sudo apt-get install nvidia-jetpack".format(name))
+    return found
+
+
+def _kept(*parts):
+    # type: (*bytes) -> str
+    """Where something made from these bytes is kept; the folder is there, the file not yet."""
+    digest = hashlib.sha256()
+    for part in (version().encode("ascii"),) + parts:
+        digest.update(str(len(part)).encode("ascii") + b" " + part)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = os.path.join(base, "edgeformer", "tensorrt")
+    os.makedirs(folder, exist_ok=True)
+    return os.path.join(folder, digest.hexdigest()[:32])
+
+
+def _read(folder, *names):
+    # type: (str, *str) -> List[bytes]
+    contents = []
+    for name in names:
+        with open(os.path.join(folder, name), "rb") as file:
+            contents.append(file.read())
+    return contents
+
+
+def _compiled(folder, source, command):
+    # type: (str, str, List[str]) -> ctypes.CDLL
+    """The library made from one of the program's sources: compiled once, opened for everyone to see its symbols."""
+    headers = sorted(name for name in os.listdir(folder) if name.endswith(".cuh"))
+    done = _kept(*(_read(folder, source, *headers) + [word.encode() for word in command])) + ".so"
+    if not os.path.exists(done):
+        temporary = "{}.{}".format(done, os.getpid())
+        # The source first: a linker takes from a library only what it was already asked for.
+        line = command[:1] + [os.path.join(folder, source), "-o", temporary] + command[1:]
+        made = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if made.returncode:
+            words = made.stdout.decode("utf-8", "replace").strip()
+            raise OSError("{} does not compile here: {}".format(source, words[-MESSAGE:] or "no word of why"))
+        os.replace(temporary, done)
+    return ctypes.CDLL(done, ctypes.RTLD_GLOBAL)
+
+
+def _built(library, folder, model):
+    # type: (ctypes.CDLL, str, str) -> str
+    """The engine's file. TensorRT tries kernels for minutes, once for each model, plan, plugin and version."""
+    plan, onnx = _read(folder, PLAN, model)
+    sources = sorted(name for name in os.listdir(folder) if name.endswith((".cu", ".cuh", ".cc")))
+    done = _kept(onnx, plan, model.encode("ascii"), *_read(folder, *sources)) + ".engine"
+    if not os.path.exists(done):
+        temporary = "{}.{}".format(done, os.getpid())
+        error = ctypes.create_string_buffer(MESSAGE)
+        words = [os.path.join(folder, model).encode(), model.encode("ascii"), plan, temporary.encode()]
+        if not library.edgeformer_trt_build(*(words + [error, MESSAGE])):
+            raise ValueError("tensorrt: {}".format(error.value.decode("utf-8", "replace")))
+        os.replace(temporary, done)
+    return done
+
+
+def _open(library, engine):
+    # type: (ctypes.CDLL, str) -> ctypes.c_void_p
+    error = ctypes.create_string_buffer(MESSAGE)
+    library.edgeformer_trt_open.restype = ctypes.c_void_p
+    session = library.edgeformer_trt_open(engine.encode(), error, MESSAGE)
+    if not session:
+        raise ValueError("tensorrt: {}".format(error.value.decode("utf-8", "replace")))
+    return ctypes.c_void_p(session)
+
+
+def _runs(library, session, entry):
+    # type: (ctypes.CDLL, ctypes.c_void_p, wire.Entry) -> Callable[[cases.Row], Any]
+    names = (ctypes.c_char_p * len(entry.inputs))(*[tensor.name.encode() for tensor in entry.inputs])
+    out, out_shape = np.empty(MOST_OUTPUT, np.float32), (ctypes.c_int32 * 9)()
+    error = ctypes.create_string_buffer(MESSAGE)
+
+    def run(row):
+        # type: (cases.Row) -> Any
+        arrays = [np.ascontiguousarray(row[t.name][None], t.dtype) for t in entry.inputs]
+        sizes = [n for array in arrays for n in (array.ndim,) + array.shape]
+        done = library.edgeformer_trt_run(
+            session, len(arrays), names, (ctypes.c_int32 * len(sizes))(*sizes),
+            (ctypes.c_void_p * len(arrays))(*[array.ctypes.data for array in arrays]), entry.outputs[0].name.encode(),
+            ctypes.c_void_p(out.ctypes.data), ctypes.c_int64(out.nbytes), out_shape, error, MESSAGE,
+        )  # fmt: skip
+        if not done:
+            raise ValueError("tensorrt: {}".format(error.value.decode("utf-8", "replace")))
+        shape = tuple(out_shape[1 : 1 + out_shape[0]])
+        return out[: int(np.prod(shape))].reshape(shape)[0].copy()
+
+    return run
+
+
+def _proven(run, plugin):
+    # type: (Callable[[cases.Row], Any], ctypes.CDLL) -> Callable[[cases.Row], Any]
+    """The same function; each run must have called the plugin, or something else computed its result."""
+
+    def watched(row):
+        # type: (cases.Row) -> Any
+        before = plugin.edgeformer_dsa_calls()
+        output = run(row)
+        if plugin.edgeformer_dsa_calls() == before:
+            raise RuntimeError("tensorrt: the engine has our plugin and did not call it")
+        return output
+
+    return watched
