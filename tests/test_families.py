@@ -35,7 +35,8 @@ def test_executorch_runs_it(family: str, tmp_path: Path, config_home: Path) -> N
     pytest.importorskip("executorch")
     bundle = ef.build(
         families.tiny(family), "host", formats=["executorch"],
-        precision=("fp32", "int8") if family == "bert" else "int8", lengths=None if family == "vit" else (16, 48), out=tmp_path, name=f"tiny-{family}", gate=0.9,
+        precision=("fp32", "int8") if family == "bert" else "int8",
+        lengths=None if family == "vit" else (16, 48), out=tmp_path, name=f"tiny-{family}", gate=0.9,
     )  # fmt: skip
     for entry in bundle.manifest.programs:
         assert entry.format == "executorch" and entry.checked.rows == 32 and not entry.libraries
