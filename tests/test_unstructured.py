@@ -44,7 +44,7 @@ def test_two_of_four_stay(family: str) -> None:
 
 @pytest.mark.parametrize("pattern", [None, (2, 4)])
 def test_second_order_loses_less_than_magnitude(pattern: tuple[int, int] | None) -> None:
-    model = load("distilbert")
+    model = load("bert")
     rows = data.load(model, None, None)
     obs, plain = (
         unstructured.weights(rows, share=0.5, pattern=pattern, method=method)(model) for method in ("obs", "magnitude")
