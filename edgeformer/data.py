@@ -244,6 +244,11 @@ def _arrays(model: Model, path: Path, most: int) -> Rows:
             raise BadInput(f"{path.name}: rows of {x.name} have shape {shape}, the model takes {x.shape[1:]}")
         if x.shape[1:2] == (-1,):
             arrays[x.name] = arrays[x.name][:, : model.max_length]
+        if x.name == "attention_mask" and (np.diff((arrays[x.name] != 0).astype(int), axis=1) > 0).any():
+            raise BadInput(
+                f"{path.name}: attention_mask has a 0 before a 1 (left padding); every format takes right padding: "
+                "move the tokens of each row to its start"
+            )
     counts = {name: len(a) for name, a in arrays.items()}
     if len(set(counts.values())) != 1 or not all(counts.values()):
         raise BadInput(f"{path.name}: every input needs the same number of rows, at least one, got {counts}")

@@ -135,11 +135,11 @@ def parity(
     if budget is None:
         kinds = dict.fromkeys((export.rule for export in wanted_exports), _wanted(model, rows, dense, layers, report))
     else:
-        scorers = sparsify.train(model, rows.rows, block=BLOCK, progress=report)
-        kinds = {
-            rule: _wanted(sparsify.swapped(model, scorers, budget=budget, rule=rule), rows, dense, layers, report)
-            for rule in {export.rule for export in wanted_exports}
-        }
+        made = sparsify.train(model, rows.rows, block=BLOCK, progress=report)
+        kinds = {}
+        for rule in {export.rule for export in wanted_exports}:
+            step = sparsify.dsa(rows.rows, budget=budget, block=BLOCK, rule=rule, scorers=made)
+            kinds[rule] = _wanted(step(model), rows, dense, layers, report)
     cells = [cell for export in wanted_exports for cell in _cells(export, kinds[export.rule], report)]
     names = kinds[wanted_exports[0].rule].names
     return Matrix(model.name, len(rows.rows), rows.source, budget, names, tuple(cells))

@@ -76,7 +76,8 @@ class Workshop:
         if self._scorers is None:
             self._scorers = sparsify.train(model, self.rows.rows, block=BLOCK, progress=self.report)
         if rule not in self._sparse:
-            self._sparse[rule] = sparsify.swapped(model, self._scorers, budget=budget, rule=rule)
+            step = sparsify.dsa(self.rows.rows, budget=budget, block=BLOCK, rule=rule, scorers=self._scorers)
+            self._sparse[rule] = step(model)
         return self._sparse[rule]
 
     def programs(self, model: Model, plan: Plan) -> list[Made]:

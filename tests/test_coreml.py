@@ -109,20 +109,6 @@ def test_several_lengths_share_their_weights(bert: tuple[models.Model, dict[str,
     assert weights[0] < weights[1] < 1.2 * weights[0]  # a table of positions for the shorter length
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", [x for x in families.NAMES if x != "bert"])
-def test_every_family_passes_in_the_interpreter(family: str) -> None:
-    model = models.load(families.tiny(family), name=family, lengths=None if family == "vit" else (16, 48))
-    rows = data.load(model, None, None).rows
-    wanted = check.reference(model, rows, lambda _: None)
-    worst = {}
-    for program in coreml.export(model, ["fp32", "int8"]):
-        found = check.fidelity(model, check.run(program, entry(program), rows, lambda _: None), wanted, None)
-        worst[program.precision] = found
-    assert worst["fp32"].worst > 0.99999 and worst["fp32"].max_abs < 1e-4, worst
-    assert worst["int8"].worst > 0.95, worst
-
-
 def test_what_cannot_be_converted_is_named() -> None:
     class Odd(torch.nn.Module):  # type: ignore[misc, name-defined]
         def forward(self, x: Any) -> Any:

@@ -88,10 +88,10 @@ def test_training_goes_on_from_its_checkpoint_bit_for_bit(tmp_path: Path, monkey
     assert steps == list(range(11, 21)), "10 of 13 steps were saved"
     assert all(torch.equal(a, b) for a, b in zip(again.parameters, want.parameters, strict=True))
     assert again.kl == want.kl and [x.name for x in tmp_path.iterdir()] == ["scorers.safetensors"]
-    with pytest.raises(BadInput, match="other rows or settings"):
+    with pytest.raises(BadInput, match="other rows, weights or settings"):
         scorer.train(found, replace(recipe, batch=3), checkpoint=file)
     file.write_bytes(b"nothing")
-    with pytest.raises(BadInput, match="no checkpoint"):
+    with pytest.raises(BadInput, match="not what edgeformer wrote"):
         scorer.train(found, recipe, checkpoint=file)
 
 

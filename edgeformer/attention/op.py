@@ -365,25 +365,48 @@ def _attend_backward(
     from . import dsa
 
     del compute
-    config = _placed(attributes, q, k)
+    config, aten = _placed(attributes, q, k), torch.ops.aten
     kept = dsa.from_lists(idx, cnt, _ceil(k.shape[2], config.block_k))
     scale, group = config.scale or q.shape[3] ** -0.5, q.shape[1] // k.shape[1]
     keys, values = (dsa.only_valid(x, kv_len).repeat_interleave(group, 1) for x in (k, v))
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(keys), torch.zeros_like(values)
-    step = _chunk(q, k, config.block_q)
+    step, plain = _chunk(q, k, config.block_q), _only_lists(config, kept, q, k, q_len, kv_len)
     for first in range(0, q.shape[2], step):
         rows = slice(first, first + step)
-        seen = dsa.visible(kept, config, q, k, q_len, kv_len, rows)
-        alive = seen.any(-1, keepdim=True)
-        rows_q, rows_grad = (torch.where(alive, x[:, :, rows], 0.0) for x in (q, grad))
-        p = dsa.softmax((rows_q @ keys.mT * scale).masked_fill(~seen, -torch.inf))
-        dv += p.mT @ rows_grad
-        d = rows_grad @ values.mT
-        d = p * (d - (d * p).sum(-1, keepdim=True)) * scale
-        dq[:, :, rows] = d @ keys
-        dk += d.mT @ rows_q
+        rows_q, rows_grad = q[:, :, rows], grad[:, :, rows]
+        if plain:
+            mask = _plain_mask(config, kept, q, k, rows)
+        else:
+            seen = dsa.visible(kept, config, q, k, q_len, kv_len, rows)
+            alive = seen.any(-1, keepdim=True)
+            rows_q, rows_grad = (torch.where(alive, x, 0.0) for x in (rows_q, rows_grad))
+            # A row that sees nothing has no gradient, whatever it is shown; shown nothing, it would be NaN.
+            mask = torch.where(seen | ~alive, 0.0, -torch.inf)
+        given = (rows_q, keys, values)
+        out = aten._scaled_dot_product_flash_attention_for_cpu(*given, attn_mask=mask, scale=scale)
+        found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            rows_grad, *given, *out, 0.0, False, attn_mask=mask, scale=scale
+        )
+        dq[:, :, rows] = found[0]
+        dk += found[1]
+        dv += found[2]
     heads = (k.shape[0], k.shape[1], group, *k.shape[2:])
     return dq.contiguous(), dk.reshape(heads).sum(2), dv.reshape(heads).sum(2)
+
+
+def _only_lists(c: Config, kept: Tensor, q: Tensor, k: Tensor, q_len: Tensor | None, kv_len: Tensor | None) -> bool:
+    """Nothing but the lists decides what a row sees, and every row sees something."""
+    full = all(x is None or bool((x >= n).all()) for x, n in ((q_len, q.shape[2]), (kv_len, k.shape[2])))
+    return full and not c.causal and bool(kept.any(-1).all())
+
+
+def _plain_mask(c: Config, kept: Tensor, q: Tensor, k: Tensor, rows: slice) -> Tensor:
+    """What is added to the logits, [B,Hq,rows,Nk]."""
+    t = torch.arange(q.shape[2])[rows]
+    by_block = torch.where(kept[:, :, t // c.block_q], 0.0, -torch.inf).repeat_interleave(
+        q.shape[1] // kept.shape[1], 1
+    )
+    return by_block.repeat_interleave(c.block_k, 3)[..., : k.shape[2]]
 
 
 def _chunk(q: Tensor, k: Tensor, block: int) -> int:

@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ..errors import BadInput
+from ..train import read, write
 from . import dsa, swap
 from .op import Parameters
 from .reference import THRESHOLD, TOP_K, TOP_P, Config, blocks
@@ -83,13 +80,16 @@ def quiet(_what: str, _done: int, _total: int) -> None:
 
 
 class _Recorder(torch.nn.Module):
-    """Dense attention that notes block means and masses in preallocated tensors."""
+    """Dense attention that notes block means and masses in preallocated tensors; passes on what `inside` gives."""
 
-    def __init__(self, stats: Statistics, layer: swap.Layer, at: Callable[[], int]) -> None:
+    def __init__(
+        self, stats: Statistics, layer: swap.Layer, at: Callable[[], int], inside: torch.nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.stats, self.layer, self.at = stats, layer, at
+        self.stats, self.layer, self.at, self.inside = stats, layer, at, inside
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, _causal: bool, scale: float) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, causal: bool, scale: float) -> Tensor:
+        sparse = None if self.inside is None else self.inside(q, k, v, lengths, causal, scale)
         stats, full = self.stats, q.shape[2]
         n = full if lengths is None else int(lengths[0])
         if q.shape[0] != 1 or full != k.shape[2] or not 0 < n <= _capacity(stats):
@@ -101,7 +101,7 @@ class _Recorder(torch.nn.Module):
             into[at, layer, :, : blocks(n, block)] = dsa.pool(x[None], block, None)[0]
         out = torch.zeros(1, q.shape[0], full, q.shape[2])
         dense_with_mass(c, q, k, v, scale or q.shape[2] ** -0.5, out[0], stats.mass[at, layer])
-        return out
+        return out if sparse is None else sparse
 
 
 def _capacity(stats: Statistics) -> int:
@@ -131,7 +131,11 @@ def dense_with_mass(c: Config, q: Tensor, k: Tensor, v: Tensor, scale: float, ou
 def collect(
     model: torch.nn.Module, rows: Sequence[RowInputs], config: Config, progress: Progress = quiet, length: int = 0
 ) -> Statistics:
-    """Runs the model dense over `rows`, one at a time. `length`: of the longest row; asked from the rows by default."""
+    """
+    What dense attention does in each layer, over `rows` one at a time. A layer that is sparse already passes on its
+    sparse result: the statistics are then of the inputs that the model will see.
+    length: of the longest row; asked from the rows by default.
+    """
     layers = swap.layers(model)
     if len({(x.heads, x.kv_heads, x.dim, x.causal) for x in layers}) != 1:
         raise BadInput(
@@ -151,8 +155,9 @@ def collect(
         torch.zeros(*shape, one.kv_heads, nk, one.dim),
         torch.zeros(*shape, one.heads, nq, nk),
     )
-    done = 0
-    with torch.no_grad(), swap.replaced(model, lambda layer: _Recorder(stats, layer, lambda: done)):
+    done, inside = 0, {layer.number: layer.module._modules.get(swap.SCORER) for layer in layers}
+    recorders = swap.replaced(model, lambda layer: _Recorder(stats, layer, lambda: done, inside[layer.number]))
+    with torch.no_grad(), recorders:
         for row in rows:
             model(**row) if isinstance(row, Mapping) else model(*row)
             done += 1
@@ -223,10 +228,12 @@ def train(
     learned = [x.view(layers, heads, *x.shape[1:]).requires_grad_() for x in start[:4]]
     now = _parameters(learned, torch.zeros(0))
     optimizer = torch.optim.Adam(learned, lr=recipe.rate)
-    made_of = _digest(stats, recipe)
+    data = (stats.lengths, stats.qm, stats.km, stats.mass)
+    file = Path(checkpoint) if checkpoint else None
+    made_of = digest(repr((stats.config, recipe)), data) if file else ""
     with torch.no_grad():
         first_kl = float(divergence(stats.of(slice(CALIBRATION_ROWS)), now))
-    done = _resume(checkpoint, made_of, learned, optimizer, random)
+    done = _resume(file, made_of, learned, optimizer, random) if file and file.exists() else 0
     for step in range(done, recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate * (1 + math.cos(math.pi * step / recipe.steps)) / 2
@@ -236,8 +243,8 @@ def train(
         torch.autograd.backward(loss)
         optimizer.step()
         progress("train scorers", step + 1, recipe.steps)
-        if checkpoint and ((step + 1) % SAVE_EVERY == 0 or step + 1 == recipe.steps):
-            _save(Path(checkpoint), made_of, step + 1, learned, optimizer, random)
+        if file and ((step + 1) % SAVE_EVERY == 0 or step + 1 == recipe.steps):
+            _save(file, made_of, step + 1, learned, optimizer, random)
     with torch.no_grad():
         kl = float(divergence(stats.of(slice(CALIBRATION_ROWS)), now))
     selecting = stats.km.shape[2] if stats.config.select_per_kv else heads
@@ -249,12 +256,13 @@ def _parameters(learned: Sequence[Tensor], theta: Tensor) -> Parameters:
     return Parameters(wq, wk, dist_bias, sink_bias, theta)
 
 
-def _digest(stats: Statistics, recipe: Recipe) -> str:
-    """Everything that training depends on, as one digest."""
-    digest = hashlib.sha256(repr((stats.config, recipe)).encode())
-    for x in (stats.lengths, stats.qm, stats.km, stats.mass):
-        digest.update(repr(tuple(x.shape)).encode() + x.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def digest(about: str, tensors: Iterable[Tensor]) -> str:
+    """Of what training depends on."""
+    found = hashlib.sha256(about.encode())
+    for x in tensors:
+        found.update(repr((x.dtype, tuple(x.shape))).encode())
+        found.update(x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _save(
@@ -265,48 +273,23 @@ def _save(
     optimizer: torch.optim.Optimizer,
     random: torch.Generator,
 ) -> None:
-    """Whole or not at all."""
     tensors = {"random": random.get_state()}
     for i, x in enumerate(learned):
         tensors |= {f"{i}.value": x.detach()} | {f"{i}.{name}": value for name, value in optimizer.state[x].items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary(path) as work:
-        save_file({name: x.contiguous() for name, x in tensors.items()}, work, {"made_of": made_of, "step": str(step)})
-        work.replace(path)
-
-
-@contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    work = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield work
-    finally:
-        work.unlink(missing_ok=True)
+    write(path, tensors, {"made_of": made_of, "step": str(step)})
 
 
 def _resume(
-    path: str | Path | None,
-    made_of: str,
-    learned: list[Tensor],
-    optimizer: torch.optim.Optimizer,
-    random: torch.Generator,
+    path: Path, made_of: str, learned: list[Tensor], optimizer: torch.optim.Optimizer, random: torch.Generator
 ) -> int:
     """Steps that are already done."""
-    if path is None or not Path(path).exists():
-        return 0
-    try:
-        with safe_open(path, "pt") as file:
-            made, saved = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f"{path} is no checkpoint of scorers ({error}); delete it or name another file") from error
-    if made.get("made_of") != made_of:
-        raise BadInput(f"{path} was made with other rows or settings; delete it or name another file")
+    saved, facts = read(path, made_of)
     for i, x in enumerate(learned):
         mine = {name.split(".")[1]: value for name, value in saved.items() if name.startswith(f"{i}.")}
         x.data.copy_(mine.pop("value"))
         optimizer.state[x] = mine
     random.set_state(saved["random"])
-    return int(made["step"])
+    return int(facts["step"])
 
 
 # --- calibration ------------------------------------------------------------------------------------------------------

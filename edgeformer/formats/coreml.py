@@ -145,18 +145,9 @@ def _decompositions() -> dict[Any, Any]:
         _aten.where.ScalarOther: lambda condition, x, y: torch.where(condition, x, _number(y)),
         _aten.__and__.Tensor: torch.logical_and,
         _aten.alias.default: lambda x: x,
-        _aten.diagonal.default: _diagonal,
         _aten.gelu.default: _gelu,
         _aten.scaled_dot_product_attention.default: _dense_attention,
     }
-
-
-def _diagonal(x: torch.Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> torch.Tensor:
-    """Of a batch with itself, as in `rows[i, place[i]]`; the batch is 1. The converter (9.0) does nothing for it."""
-    if offset or x.shape[dim1] != 1 or x.shape[dim2] != 1:
-        raise ExportError(f"coreml: the diagonal of a tensor of shape {tuple(x.shape)}; only of two axes of 1")
-    kept = [n for i, n in enumerate(x.shape) if i not in (dim1 % x.ndim, dim2 % x.ndim)]
-    return x.reshape([*kept, 1])
 
 
 def _gelu(x: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:

@@ -3,8 +3,9 @@ Dynamic sparse attention: each layer reads only the key blocks that its scorer e
 
     build(model, target, passes=[sparsify.dsa(long_texts, budget=0.5)])
 
-Trains the scorers on the rows given (the model's own weights do not change), finds the thresholds that keep `budget`
-of the blocks at their length, and swaps the attention. At lengths where that would not be faster than dense, and in
+Trains the scorers on the rows given, finds the thresholds that keep `budget` of the blocks at their length, and swaps
+the attention. The model's own weights change only with `distil`, which small budgets need: they then learn to give with
+sparse attention what the dense model gives. At lengths where that would not be faster than dense, and in
 layers that would keep nearly everything, attention stays dense.
 """
 
@@ -21,17 +22,18 @@ import torch
 
 from edgeformer_agent import wire
 
-from ..attention import cost, scorer, swap
+from ..attention import cost, distil as distillation, scorer, swap
 from ..attention.op import Parameters
 from ..attention.reference import THRESHOLD, Config
 from ..errors import BadInput
 from ..model import Model
+from ..train import Recipe
 from . import Pass
 
 DENSE_BELOW = 256  # with fewer blocks than these there is next to nothing to choose from
 # Calibrated kept fraction above which a layer is dense: scoring would cost more than it saves (spec, section 12).
 DENSE_ABOVE = {0: 0.85, 1: 0.75}
-MOST_ROWS = 100
+MOST_ROWS = 100  # for scorers
 LENGTH_ROWS = 8  # on which a shorter length is judged
 FEWEST_BLOCKS = 4  # of the longest row; with fewer there is nothing to choose from
 
@@ -50,6 +52,8 @@ def dsa(
     int8: bool = False,
     dense_below: int | None = None,
     recipe: scorer.Recipe | None = None,
+    distil: int | Recipe = 0,
+    scorers: Scorers | None = None,
     checkpoint: str | Path | None = None,
     progress: scorer.Progress = scorer.quiet,
 ) -> Pass:
@@ -61,28 +65,61 @@ def dsa(
     dense_below: rows of up to so many tokens are dense; by default those that sparse attention would not make faster,
     by what it keeps of the given rows cut to each of the model's lengths.
     recipe: of the scorer training; by default the one for encoders or for decoders.
-    checkpoint: a file from which interrupted scorer training goes on.
+    distil: steps of joint distillation, or its whole recipe; on all of the long rows, where scorers take the first 100.
+    scorers: of this model, from `train` with these rows; they are trained here by default.
+    checkpoint: a file from which interrupted training goes on; that of the distillation is beside it, with `.distil`.
     """
     if not 0 < budget <= 1:
         raise BadInput(f"budget {budget} must be above 0 and at most 1: the fraction of blocks to keep")
+    compute = int(int8)
 
     def run(model: Model) -> Model:
-        scorers = train(
+        made = scorers or train(
             model, rows, length=length, block=block, recipe=recipe, checkpoint=checkpoint, progress=progress
         )
-        return swapped(
-            model, scorers, budget=budget, buckets=buckets, rule=rule, per_head=per_head, int8=int8,
-            dense_below=dense_below, progress=progress,
-        )  # fmt: skip
+        given, trained = made.rows, made.trained
+        module = copy.deepcopy(model.module)
+        config = replace(made.stats.config, rule=rule, dense_below=dense_below or 0)
+        stats = replace(made.stats, config=config)
+        few, tokens = given[:MOST_ROWS], 0 if model.lengths else length
+        found = scorer.calibrate(stats, trained.parameters, budget, per_head=per_head)
+        thetas = {int(stats.lengths.max()): found.theta}
+        for bucket in sorted(n for n in buckets if model.lengths and n < max(thetas)):
+            part = scorer.collect(module, [tuple(x[:, :bucket] for x in row) for row in few], config, progress)
+            thetas[bucket] = scorer.calibrate(part, trained.parameters, budget, per_head=per_head).theta
+        dense = [n for n, kept in enumerate(found.kept_by_layer) if kept > DENSE_ABOVE[compute]]
+        parameters = trained.parameters._replace(theta=found.theta)
+        by_length = _kept_by_length(model, module, few, stats, parameters, set(dense))
+        if dense_below is None:
+            config = replace(config, dense_below=cost.dense_below(by_length, compute, DENSE_BELOW))
+        _install(module, parameters, set(dense), config, compute)
+        learned: dict[str, Any] = {}
+        if len(dense) < len(found.kept_by_layer):
+            swap.set_thetas(module, thetas)
+            if distil:
+                long = _longer(given, tokens, config.dense_below)
+                sparse = [x for n, x in enumerate(found.kept_by_layer) if n not in dense]
+                share = sum(sparse) / len(sparse)
+                learned = _distilled(module, model.module, long, share, distil, checkpoint, progress)
+                again = _recalibrated(module, few, tokens, config, trained.parameters, list(thetas), budget, per_head)
+                found, thetas = again[max(again)], {n: x.theta for n, x in again.items()}
+                swap.set_thetas(module, thetas)
+        facts = _facts(trained, found, by_length, dense, config) | {
+            "budget": budget,
+            "theta": {str(n): _thetas(theta) for n, theta in sorted(thetas.items())},
+            "rows": len(few),
+            "attention": "int8" if int8 else "fp32",
+        }
+        return model.after("sparsify.dsa", module, facts=facts | learned)
 
     return run
 
 
 @dataclass(frozen=True)
 class Scorers:
-    """Trained ones of one model, and what they were trained on: any rule and budget can be calibrated on it."""
+    """Trained on what a dense model does, before any rule or budget: each can be calibrated on them."""
 
-    rows: tuple[tuple[torch.Tensor, ...], ...]
+    rows: list[tuple[torch.Tensor, ...]]  # all of the long ones
     stats: scorer.Statistics
     trained: scorer.Trained
 
@@ -97,62 +134,74 @@ def train(
     checkpoint: str | Path | None = None,
     progress: scorer.Progress = scorer.quiet,
 ) -> Scorers:
-    """The half of `dsa` that knows no budget; parameters as there."""
+    """The first half of `dsa`, with its parameters; for several calls of it on one model."""
     given = _inputs(model, rows, min(length or model.max_length, model.max_length or length), block)
     config = _with_sink(Config(block_q=block, block_k=block), model.module)
-    stats = scorer.collect(model.module, given, config, progress, 0 if model.lengths else length)
-    return Scorers(tuple(given), stats, scorer.train(stats, recipe, checkpoint=checkpoint, progress=progress))
+    stats = scorer.collect(model.module, given[:MOST_ROWS], config, progress, 0 if model.lengths else length)
+    return Scorers(given, stats, scorer.train(stats, recipe, checkpoint=checkpoint, progress=progress))
 
 
-def swapped(
-    model: Model,
-    scorers: Scorers,
-    *,
-    budget: float,
-    buckets: Sequence[int] = (),
-    rule: int = THRESHOLD,
-    per_head: bool = False,
-    int8: bool = False,
-    dense_below: int | None = None,
-    progress: scorer.Progress = scorer.quiet,
-) -> Model:
-    """The other half of `dsa`: calibrates trained scorers, and swaps the attention of a copy of the model."""
-    compute, trained, given = int(int8), scorers.trained, scorers.rows
-    module = copy.deepcopy(model.module)
-    config = replace(scorers.stats.config, rule=rule, dense_below=dense_below or 0)
-    stats = replace(scorers.stats, config=config)
-    found = scorer.calibrate(stats, trained.parameters, budget, per_head=per_head)
-    thetas = {int(stats.lengths.max()): found.theta}
-    for bucket in sorted(n for n in buckets if model.lengths and n < max(thetas)):
-        part = scorer.collect(module, [tuple(x[:, :bucket] for x in row) for row in given], config, progress)
-        thetas[bucket] = scorer.calibrate(part, trained.parameters, budget, per_head=per_head).theta
-    dense = [n for n, kept in enumerate(found.kept_by_layer) if kept > DENSE_ABOVE[compute]]
+def _facts(
+    trained: scorer.Trained, found: scorer.Calibration, by_length: dict[int, float], dense: list[int], config: Config
+) -> dict[str, Any]:
     kept = [1.0 if n in dense else round(x, 4) for n, x in enumerate(found.kept_by_layer)]
-    parameters = trained.parameters._replace(theta=found.theta)
-    by_length = _kept_by_length(model, module, given, stats, parameters, set(dense))
-    if dense_below is None:
-        config = replace(config, dense_below=cost.dense_below(by_length, compute, DENSE_BELOW))
-    _install(module, parameters, set(dense), config, compute)
-    if len(dense) < len(kept):
-        swap.set_thetas(module, thetas)
-    facts = {
-        "budget": budget,
+    return {
         "kept": round(sum(kept) / len(kept), 4),
         "kept_by_layer": kept,
         "kept_by_length": {str(n): round(share, 4) for n, share in sorted(by_length.items())},
         "mass_kept": round(found.recall, 4),
         "dense_layers": dense,
-        "theta": {str(n): _thetas(theta) for n, theta in sorted(thetas.items())},
-        "rows": len(given),
         "kl": round(trained.kl, 5),
         "kl_untrained": round(trained.first_kl, 5),
-        "rule": rule,
-        "block": config.block_k,
+        "rule": config.rule,
+        "block": config.block_q,
         "rank": trained.parameters.wq.shape[-1],
         "dense_below": config.dense_below,
-        "attention": "int8" if int8 else "fp32",
     }
-    return model.after("sparsify.dsa", module, facts=facts)
+
+
+def _longer(given: list[tuple[torch.Tensor, ...]], tokens: int, dense_below: int) -> list[tuple[torch.Tensor, ...]]:
+    """Up to `dense_below` tokens student and teacher are the same: there is nothing to learn from."""
+    long = [row for row in given if (tokens or row[0].shape[1]) > dense_below]
+    if not long:
+        raise BadInput(f"distillation needs rows of more than dense_below={dense_below} tokens; give longer texts")
+    return long
+
+
+def _distilled(
+    module: torch.nn.Module,
+    teacher: torch.nn.Module,
+    rows: list[tuple[torch.Tensor, ...]],
+    kept: float,
+    distil: int | Recipe,
+    checkpoint: str | Path | None,
+    progress: scorer.Progress,
+) -> dict[str, Any]:
+    recipe = distillation.steps(distil, len(rows)) if isinstance(distil, int) else distil
+    beside = f"{checkpoint}.distil" if checkpoint else None
+    done = distillation.distil(module, teacher, rows, kept, recipe, checkpoint=beside, progress=progress)
+    facts = {"rows": len(rows), "steps": done.steps, "rate": recipe.rate, "batch": recipe.batch, "seed": recipe.seed}
+    return {"distilled": facts | {"loss": round(done.loss, 5)}}
+
+
+def _recalibrated(
+    module: torch.nn.Module,
+    rows: list[tuple[torch.Tensor, ...]],
+    tokens: int,
+    config: Config,
+    parameters: Parameters,
+    lengths: list[int],
+    budget: float,
+    per_head: bool,
+) -> dict[int, scorer.Calibration]:
+    """The model has moved, and a layer's inputs are now those of a sparse model."""
+    found, few = {}, rows[: scorer.CALIBRATION_ROWS]
+    for n in lengths:
+        swap.for_length(module, n)
+        part = few if tokens else [tuple(x[:, :n] for x in row) for row in few]
+        stats = scorer.collect(module, part, config, length=tokens)
+        found[n] = scorer.calibrate(stats, parameters, budget, per_head=per_head)
+    return found
 
 
 def _kept_by_length(
@@ -184,8 +233,7 @@ def _inputs(model: Model, rows: Rows, longest: int, block: int) -> list[tuple[to
     """The longest rows, as the positional inputs of the model's module, cut to `longest` tokens."""
     named = [_tokenized(model, row, longest) if isinstance(row, str) else row for row in rows]
     if not model.lengths:
-        made = [tuple(_batch(row[x.name], x) for x in model.inputs) for row in named]
-        return made[:MOST_ROWS]
+        return [tuple(_batch(row[x.name], x) for x in model.inputs) for row in named]
     made = [tuple(_batch(row[x.name][:longest], x) for x in model.inputs) for row in named]
     most = max((x[0].shape[1] for x in made), default=0)
     if most < FEWEST_BLOCKS * block:
@@ -193,8 +241,7 @@ def _inputs(model: Model, rows: Rows, longest: int, block: int) -> list[tuple[to
             f"sparse attention is trained on long rows: the longest has {most} tokens, and {FEWEST_BLOCKS} blocks of "
             f"{block} need {FEWEST_BLOCKS * block}; give longer texts, or a smaller block"
         )
-    kept = [x for x in made if x[0].shape[1] > most // 2]
-    return kept[:MOST_ROWS]
+    return [x for x in made if x[0].shape[1] > most // 2]
 
 
 def _tokenized(model: Model, text: str, longest: int) -> dict[str, np.ndarray]:

