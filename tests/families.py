@@ -85,7 +85,7 @@ def model(family: str, wide: bool = False) -> Model:
     return models.load(tiny(family, wide), name=f"tiny-{family}", lengths=lengths)
 
 
-def dense(family: str) -> tuple[Cell, ...]:
+def dense(family: str, formats: Sequence[str] = ()) -> tuple[Cell, ...]:
     """
     Every format in fp32 and in its own first precision, each against PyTorch. ExecuTorch lowers each precision anew: of
     one family only.
@@ -94,7 +94,7 @@ def dense(family: str) -> tuple[Cell, ...]:
     from edgeformer.parity import parity
 
     loaded, found = model(family), []
-    for name in registry.names():
+    for name in formats or registry.names():
         precision = "fp32" if name == "executorch" and family != "bert" else ("fp32", "fp16", "int8")
         found += parity(loaded, formats=[name], precision=precision, layers=False).cells
     return tuple(found)
