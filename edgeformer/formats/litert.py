@@ -7,6 +7,7 @@ computes by its decomposition (see `attention.composite`).
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Iterator, Sequence
 from math import prod
@@ -61,11 +62,12 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
 
 def _fp32(model: Model) -> bytes:
     converter: Any = litert_torch
+    module = _in_order(model.module)
     if hasattr(torch.ops.edgeformer, "dsa"):  # the operator exists once a pass has put it into a model
         fx_infra.decomp.add_pre_convert_decomp(torch.ops.edgeformer.dsa.default, _composite)
     try:
         for length in model.lengths or (0,):
-            converter = converter.signature(f"length_{length}", model.module, model.example(length))
+            converter = converter.signature(f"length_{length}", module, model.example(length))
         converted = converter.convert()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.tflite"
@@ -73,6 +75,17 @@ def _fp32(model: Model) -> bytes:
             return path.read_bytes()
     except Exception as error:
         raise ExportError(f"litert: {model.name} does not convert: {type(error).__name__}: {error}") from error
+
+
+def _in_order(module: torch.nn.Module) -> torch.nn.Module:
+    """
+    A copy without strided tensors. The converter (0.10) knows a constant by its address, and of a strided one it makes a
+    copy that is gone when the next takes its address: several scorers would all be the first.
+    """
+    same: dict[int, Any] = {id(x): x if x.is_contiguous() else x.contiguous() for x in module.buffers()}
+    for x in module.parameters():
+        same[id(x)] = x if x.is_contiguous() else torch.nn.Parameter(x.detach().contiguous(), requires_grad=False)
+    return copy.deepcopy(module, same)
 
 
 def _composite(q: Any, k: Any, v: Any, *rest: Any, compute: int = 0, **config: Any) -> Any:
