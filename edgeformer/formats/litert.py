@@ -79,8 +79,8 @@ def _fp32(model: Model) -> bytes:
 
 def _in_order(module: torch.nn.Module) -> torch.nn.Module:
     """
-    A copy without strided tensors. The converter (0.10) knows a constant by its address, and of a strided one it makes a
-    copy that is gone when the next takes its address: several scorers would all be the first.
+    A copy without strided tensors. The converter (0.10) knows a constant by its address, and of a strided one it makes
+    a copy that is gone when the next takes its address: several scorers would all be the first.
     """
     same: dict[int, Any] = {id(x): x if x.is_contiguous() else x.contiguous() for x in module.buffers()}
     for x in module.parameters():
