@@ -14,12 +14,12 @@ from .summary import MISSING, number
 
 __all__ = ["page", "table"]
 
-HEADS = ("format", "precision", "MB", "to fp32 dense", "worst", "to PyTorch", "native", "kept", "departs at")
+HEADS = ("format", "precision", "MB", "to fp32 dense", "worst", "to PyTorch", "sparse attention", "kept", "departs at")
 
 
 def table(matrix: Matrix) -> Table:
     """For a terminal of 100 columns."""
-    made = Table(title=_title(matrix), title_justify="left", caption=_caption(matrix), caption_justify="left")
+    made = Table(title=_title(matrix), title_justify="left", caption="; ".join(_notes(matrix)), caption_justify="left")
     for place, head in enumerate(HEADS):
         made.add_column(head, justify="left" if place < 2 else "right")
     for cell in matrix.cells:
@@ -34,7 +34,7 @@ def table(matrix: Matrix) -> Table:
 def page(matrix: Matrix) -> str:
     """One HTML page: the matrix, a bar of size and a line of layers a program."""
     head = f'<header><p class="kicker">edgeformer parity</p><h1>{text(matrix.model)}</h1><p class="lead">'
-    head += f"{text(_title(matrix))}. {text(_caption(matrix))}</p></header>"
+    head += f"{text(_title(matrix))}. {'. '.join(map(text, _notes(matrix)))}</p></header>"
     ran = [cell for cell in matrix.cells if cell.error is None]
     lines = [_figures(matrix, cell) for cell in ran]
     body = head + section("matrix", "Every format", html_table("Cosine or agreement, 1 is the same", HEADS, lines))
@@ -55,14 +55,16 @@ def _title(matrix: Matrix) -> str:
     return f"{matrix.model}: {len(matrix.cells)} programs, {kind}, {matrix.rows} rows ({matrix.source})"
 
 
-def _caption(matrix: Matrix) -> str:
-    words = f"departs: first layer whose tokens have a mean cosine below {DEPARTS:g} to PyTorch with the same attention"
+def _notes(matrix: Matrix) -> list[str]:
+    words = [
+        f"departs: first layer whose tokens have a mean cosine below {DEPARTS:g} to PyTorch with the same attention"
+    ]
     own = {cell.format: _share(cell.torch) for cell in matrix.cells if cell.torch}
     if matrix.budget is not None and own:
         said = ", ".join(
             f"{value} ({', '.join(f for f in own if own[f] == value)})" for value in dict.fromkeys(own.values())
         )
-        words += f"; PyTorch itself at this budget, to dense: {said}"
+        words.append(f"PyTorch itself at this budget, to dense: {said}")
     return words
 
 
@@ -70,8 +72,16 @@ def _figures(matrix: Matrix, cell: Cell) -> tuple[str, ...]:
     ran = cell.native
     kept = f"{sum(ran.kept) / len(ran.kept):.3f}" if ran and ran.kept else MISSING
     close = (_share(cell.fidelity), _share(cell.fidelity, worst=True), _share(cell.with_library or cell.same))
-    says = f"{ran.calls_per_run} calls, {ran.kernel_set}" if ran else MISSING
+    says = f"{ran.calls_per_run} calls, {ran.kernel_set}" if ran else _layers_of(cell)
     return (cell.format, cell.precision, f"{cell.size_bytes / 2**20:.2f}", *close, says, kept, _departs(matrix, cell))
+
+
+def _layers_of(cell: Cell) -> str:
+    """Of the longest length, where the format itself decided layer by layer."""
+    if not cell.sparse_layers:
+        return MISSING
+    account = list(cell.sparse_layers.values())[-1]
+    return f"{account['sparse']} of {account['layers']} layers"
 
 
 def _departs(matrix: Matrix, cell: Cell) -> str:
