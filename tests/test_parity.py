@@ -72,7 +72,9 @@ def test_every_family_shows_its_layers(family: str) -> None:
         states = probe.module(*probe.example(16 if model.lengths else 0))
         last = model.module(*model.example(16 if model.lengths else 0))
     width = model.module.module.config.hidden_size
-    assert names == ("embeddings", "layer 0", "layer 1") and states.shape[-1] == 3 * width and torch.isfinite(last).all()
+    assert (
+        names == ("embeddings", "layer 0", "layer 1") and states.shape[-1] == 3 * width and torch.isfinite(last).all()
+    )
 
 
 def test_a_cell_without_layers_departs_nowhere() -> None:
