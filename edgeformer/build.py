@@ -209,6 +209,7 @@ def _step(built: Made) -> wire.Step:
             "program": entry.name,
             "precision": PRECISIONS[entry.precision],
             "size_bytes": entry.size_bytes,
+            **({"sparse_layers": built.program.sparse_layers} if built.program.sparse_layers else {}),
             entry.checked.measure: entry.checked.mean,
             **({} if entry.checked.value is None else {str(entry.checked.metric): entry.checked.value}),
         },

@@ -57,8 +57,12 @@ def _title(matrix: Matrix) -> str:
 
 def _caption(matrix: Matrix) -> str:
     words = f"departs: first layer whose tokens have a mean cosine below {DEPARTS:g} to PyTorch with the same attention"
-    if matrix.budget is not None:
-        words += f"; PyTorch itself at this budget: {_share(matrix.torch)} to dense"
+    own = {cell.format: _share(cell.torch) for cell in matrix.cells if cell.torch}
+    if matrix.budget is not None and own:
+        said = ", ".join(
+            f"{value} ({', '.join(f for f in own if own[f] == value)})" for value in dict.fromkeys(own.values())
+        )
+        words += f"; PyTorch itself at this budget, to dense: {said}"
     return words
 
 

@@ -331,7 +331,9 @@ class _NextToken(torch.nn.Module):
             attention_mask = torch.cat((before, attention_mask), 1)
             options = {"use_cache": True, "past_key_values": _cache(past)}
         output = self.module(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=last, **options)
-        logits: torch.Tensor = torch.diagonal(output.logits, dim1=0, dim2=1).T
+        row = torch.arange(output.logits.shape[0])
+        own = (row[:, None] == row[None]).to(output.logits.dtype)  # TensorRT 8.2 has no torch.diagonal
+        logits: torch.Tensor = (output.logits * own[..., None]).sum(1)
         if past is None:
             return logits
         layers = output.past_key_values.layers

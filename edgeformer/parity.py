@@ -11,9 +11,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,15 +32,17 @@ from .workshop import BLOCK, Progress, described
 __all__ = ["Cell", "Matrix", "parity"]
 
 DEPARTS = 0.99  # a layer whose tokens have a mean cosine below this has departed from PyTorch
-SCHEMA = "edgeformer.parity/1"
+SCHEMA = "edgeformer.parity/2"
 
 
 @dataclass(frozen=True)
 class Cell:
     """
-    One format in one precision. fidelity: to the dense fp32 model; same: to PyTorch with the same attention.
+    One format in one precision. fidelity: to the dense fp32 model; same: to PyTorch with the same attention;
+    torch: of that to the dense model.
     with_library: `same`, computed by our operator's library; native: what the library says it did.
     layers: mean cosine over all tokens after each layer, to PyTorch with the same attention.
+    sparse_layers: see `Program`.
     """
 
     format: str
@@ -49,9 +52,11 @@ class Cell:
     export_s: float = 0.0
     fidelity: wire.Fidelity | None = None
     same: wire.Fidelity | None = None
+    torch: wire.Fidelity | None = None
     with_library: wire.Fidelity | None = None
     native: wire.Native | None = None
     layers: tuple[float, ...] = ()
+    sparse_layers: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def departs(self) -> int | None:
@@ -68,7 +73,6 @@ class Matrix:
     source: str
     budget: float | None
     layer_names: tuple[str, ...]
-    torch: wire.Fidelity  # PyTorch with the same attention, to the dense model
     cells: tuple[Cell, ...]
 
     @property
@@ -86,15 +90,19 @@ class Matrix:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What a cell is held against: outputs of the dense model, of the same attention, and hidden states of the same."""
+    """
+    What a cell is held against: outputs of the dense model, of the same attention (and how close those are to each
+    other), and hidden states of the same.
+    """
 
     model: Model
     probe: Model | None
     rows: rows_of.Rows
     dense: tuple[np.ndarray, ...]
     same: tuple[np.ndarray, ...]
+    torch: wire.Fidelity
     layers: tuple[np.ndarray, ...]
-    width: int
+    names: tuple[str, ...]
 
 
 def parity(
@@ -124,16 +132,26 @@ def parity(
     rows = rows_of.load(model, data, task)
     model = rows_of.with_task(model, rows)
     dense = check.reference(model, rows.rows, lambda n: report("fp32 reference", n, len(rows.rows)))
-    same = dense
-    if budget is not None:
-        model = sparsify.dsa(rows.rows, budget=budget, block=BLOCK, progress=report)(model)
-        same = check.reference(model, rows.rows, lambda n: report("sparse reference", n, len(rows.rows)))
+    if budget is None:
+        kinds = dict.fromkeys((export.rule for export in wanted_exports), _wanted(model, rows, dense, layers, report))
+    else:
+        made = sparsify.train(model, rows.rows, block=BLOCK, progress=report)
+        kinds = {}
+        for rule in {export.rule for export in wanted_exports}:
+            step = sparsify.dsa(rows.rows, budget=budget, block=BLOCK, rule=rule, scorers=made)
+            kinds[rule] = _wanted(step(model), rows, dense, layers, report)
+    cells = [cell for export in wanted_exports for cell in _cells(export, kinds[export.rule], report)]
+    names = kinds[wanted_exports[0].rule].names
+    return Matrix(model.name, len(rows.rows), rows.source, budget, names, tuple(cells))
+
+
+def _wanted(model: Model, rows: rows_of.Rows, dense: tuple[np.ndarray, ...], layers: bool, report: Progress) -> _Wanted:
+    total = len(rows.rows)
+    sparse = any(step.name == "sparsify.dsa" for step in model.history)
+    same = check.reference(model, rows.rows, lambda n: report("sparse reference", n, total)) if sparse else dense
     probe, names = probed(model) if layers else (None, ())
-    states = check.reference(probe, rows.rows, lambda n: report("layers", n, len(rows.rows))) if probe else ()
-    wanted = _Wanted(model, probe, rows, dense, same, states, len(names))
-    cells = [cell for export in wanted_exports for cell in _cells(export, wanted, report)]
-    torch_fidelity = check.fidelity(model, same, dense, rows.labels)
-    return Matrix(model.name, len(rows.rows), rows.source, budget, names, torch_fidelity, tuple(cells))
+    states = check.reference(probe, rows.rows, lambda n: report("layers", n, total)) if probe else ()
+    return _Wanted(model, probe, rows, dense, same, check.fidelity(model, same, dense, rows.labels), states, names)
 
 
 def _cells(export: Export, wanted: _Wanted, report: Progress) -> Iterator[Cell]:
@@ -155,6 +173,7 @@ def _cells(export: Export, wanted: _Wanted, report: Progress) -> Iterator[Cell]:
 
 def _cell(program: Program, seconds: float, export: Export, wanted: _Wanted, report: Progress) -> Cell:
     cell = Cell(program.format, program.precision, size_bytes=program.size_bytes, export_s=seconds)
+    cell = replace(cell, sparse_layers=program.sparse_layers)
     total = len(wanted.rows.rows)
     try:
         outputs = check.run(
@@ -165,6 +184,7 @@ def _cell(program: Program, seconds: float, export: Export, wanted: _Wanted, rep
             cell,
             fidelity=check.fidelity(wanted.model, outputs, wanted.dense, labels),
             same=check.fidelity(wanted.model, outputs, wanted.same, labels),
+            torch=wanted.torch,
         )
         cell = _natively(cell, program, wanted)
         return replace(cell, layers=_layers(program.precision, export, wanted))
@@ -194,7 +214,7 @@ def _layers(precision: str, export: Export, wanted: _Wanted) -> tuple[float, ...
     with suppress(EdgeformerError):
         (program,) = export.module.export(wanted.probe, (precision,))
         outputs = check.run(program, described(program), wanted.rows.rows, lambda _n: None)
-        cosines = [_cosines(*pair, wanted.width) for pair in zip(outputs, wanted.layers, strict=True)]
+        cosines = [_cosines(*pair, len(wanted.names)) for pair in zip(outputs, wanted.layers, strict=True)]
         return tuple(float(x) for x in np.concatenate(cosines).mean(0))
     return ()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from . import device as devices, formats as registry
+from .attention.reference import THRESHOLD
 from .errors import BadInput, FormatNotYet, UnknownFormat
 
 PRECISIONS = {  # what a format's own `PRECISIONS` may name
@@ -25,6 +26,11 @@ class Export:
     module: ModuleType
     precisions: tuple[str, ...]
 
+    @property
+    def rule(self) -> int:
+        """By which its sparse attention keeps blocks."""
+        return int(getattr(self.module, "RULE", THRESHOLD))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -32,6 +38,12 @@ class Plan:
 
     device: devices.Device
     exports: tuple[Export, ...]
+
+    @property
+    def rule(self) -> int:
+        """The same for all of its formats: one model goes into them."""
+        rules = {export.rule for export in self.exports}
+        return rules.pop() if len(rules) == 1 else THRESHOLD
 
 
 def plans(

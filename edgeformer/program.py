@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from edgeformer_agent import wire
 
@@ -22,6 +23,8 @@ class Program:
     needs: wire.Needs
     work: tuple[wire.Work, ...]  # at several lengths, ascending
     sparse: bool = False  # some layers are the DSA operator, which `native.binding` computes faster
+    # Where the format itself decides layer by layer: length -> how many layers are sparse, and why others are not.
+    sparse_layers: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

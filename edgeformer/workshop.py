@@ -14,7 +14,8 @@ import numpy as np
 from edgeformer_agent import cases, wire
 
 from . import check, device as devices, native, predict
-from .attention import choice, cost
+from .attention import choice, cost, static, swap
+from .attention.reference import TOP_K
 from .data import Rows
 from .errors import BadInput
 from .model import Model
@@ -46,7 +47,8 @@ class Workshop:
     def __init__(self, rows: Rows, wanted: tuple[np.ndarray, ...], limit: wire.Gate, report: Progress) -> None:
         """rows, wanted: the evaluation rows and the fp32 module's outputs for them. limit: the gate."""
         self.rows, self.wanted, self.limit, self.report = rows, wanted, limit, report
-        self._sparse: Model | None = None
+        self._scorers: sparsify.Scorers | None = None
+        self._sparse: dict[int, Model] = {}
         self._made: dict[tuple[int, str], tuple[Made, ...]] = {}
 
     def fitted(self, model: Model, plan: Plan, attention: str, budget: float) -> Model:
@@ -59,7 +61,9 @@ class Workshop:
         long_enough = max(tokens) >= sparsify.FEWEST_BLOCKS * BLOCK
         if attention == "dense" or (attention == "auto" and not (hoped >= choice.WORTH and long_enough)):
             return _decided(model, "dense", hoped, "if the budget is met", attention, budget)
-        sparse = self._sparsified(model, budget)
+        if plan.rule == TOP_K and load and any(layer.causal for layer in swap.layers(model.module)):
+            return _decided(model, "dense", 1.0, f"in {plan.exports[0].name}: {static.CAUSAL}", attention, budget)
+        sparse = self._sparsified(model, plan.rule, budget)
         assert load is not None  # the pass refuses models without attention layers that it can swap
         kept = cost.calibrated(sparse.history)
         gain, lengths = load.over(tokens, kept), choice.by_length(load, model.lengths, kept)
@@ -67,10 +71,14 @@ class Workshop:
         made, chosen = (sparse, "dsa") if worth else (model, "dense")
         return _decided(made, chosen, gain, "with what the trained scorers keep", attention, budget, by_length=lengths)
 
-    def _sparsified(self, model: Model, budget: float) -> Model:
-        if self._sparse is None:
-            self._sparse = sparsify.dsa(self.rows.rows, budget=budget, block=BLOCK, progress=self.report)(model)
-        return self._sparse
+    def _sparsified(self, model: Model, rule: int, budget: float) -> Model:
+        """One a rule; the scorers are trained once."""
+        if self._scorers is None:
+            self._scorers = sparsify.train(model, self.rows.rows, block=BLOCK, progress=self.report)
+        if rule not in self._sparse:
+            step = sparsify.dsa(self.rows.rows, budget=budget, block=BLOCK, rule=rule, scorers=self._scorers)
+            self._sparse[rule] = step(model)
+        return self._sparse[rule]
 
     def programs(self, model: Model, plan: Plan) -> list[Made]:
         """The target's programs. Raises GateFailed, ExportError, BadInput."""

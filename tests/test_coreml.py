@@ -17,8 +17,8 @@ pytest.importorskip("coremltools")
 
 import edgeformer as ef  # noqa: E402
 from edgeformer import check, data, formats, model as models  # noqa: E402
-from edgeformer.attention import dsa, swap  # noqa: E402
-from edgeformer.attention.reference import TOP_K, Config  # noqa: E402
+from edgeformer.attention import dsa, scorer, swap  # noqa: E402
+from edgeformer.attention.reference import THRESHOLD, TOP_K, Config  # noqa: E402
 from edgeformer.errors import ExportError  # noqa: E402
 from edgeformer.program import Program  # noqa: E402
 from edgeformer_agent import mil, mil_ops, wire  # noqa: E402
@@ -107,20 +107,6 @@ def test_several_lengths_share_their_weights(bert: tuple[models.Model, dict[str,
     (one,) = coreml.export(models.load(families.tiny("bert"), name="tiny", lengths=(48,)), ["fp16"])
     weights = [len(p.files[f"model.mlpackage/{mil.WEIGHTS}"]) for p in (one, bert[1]["fp16"])]
     assert weights[0] < weights[1] < 1.2 * weights[0]  # a table of positions for the shorter length
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", [x for x in families.NAMES if x != "bert"])
-def test_every_family_passes_in_the_interpreter(family: str) -> None:
-    model = models.load(families.tiny(family), name=family, lengths=None if family == "vit" else (16, 48))
-    rows = data.load(model, None, None).rows
-    wanted = check.reference(model, rows, lambda _: None)
-    worst = {}
-    for program in coreml.export(model, ["fp32", "int8"]):
-        found = check.fidelity(model, check.run(program, entry(program), rows, lambda _: None), wanted, None)
-        worst[program.precision] = found
-    assert worst["fp32"].worst > 0.99999 and worst["fp32"].max_abs < 1e-4, worst
-    assert worst["int8"].worst > 0.95, worst
 
 
 def test_what_cannot_be_converted_is_named() -> None:
@@ -212,3 +198,45 @@ def test_builds_for_the_iphone(tmp_path: Path, config_home: Path) -> None:
     assert sum(program.path.rpartition("/")[0] in name for name in one.manifest.files) == 3
     assert one.digest == two.digest
     assert mil_ops.compile(mil.Package(str((one.path / program.path).parent)), "length_48")
+
+
+@pytest.mark.slow
+def test_a_sparse_build_counts_blocks_for_core_ml_and_says_which_layers_are_sparse(
+    tmp_path: Path, config_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its programs need a count where others take a threshold; the scorers are trained once for both."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = hf.BertConfig(
+        vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=512,
+    )  # fmt: skip
+    trained, whole = [], scorer.train
+
+    def train(stats: scorer.Statistics, _recipe: Any, **options: Any) -> scorer.Trained:
+        trained.append(stats)
+        return whole(stats, scorer.Recipe(steps=5), **options)
+
+    monkeypatch.setattr(scorer, "train", train)
+    options: dict[str, Any] = {"lengths": (64, 512), "gate": 0.5, "name": "long", "out": tmp_path, "precision": "fp32"}
+    host, phone = ef.build(
+        hf.BertModel(config).eval(), ["host", "iphone-13"], formats=["onnx", "coreml"], attention="dsa", **options
+    )
+    assert len(trained) == 1
+    steps = [{step.name: step.facts for step in bundle.manifest.history} for bundle in (host, phone)]
+    assert [s["sparsify.dsa"]["rule"] for s in steps] == [THRESHOLD, TOP_K]
+    assert "sparse_layers" not in steps[0]["export.onnx"]
+    assert steps[1]["export.coreml"]["sparse_layers"] == {
+        "64": {"sparse": 0, "layers": 2, "dense_because": ["rows of up to 256 tokens are dense"]},
+        "512": {"sparse": 2, "layers": 2},
+    }
+
+
+def test_a_causal_model_stays_dense_in_core_ml_and_the_manifest_says_why(tmp_path: Path, config_home: Path) -> None:
+    bundle = ef.build(
+        families.tiny("llama"), "iphone-13", attention="dsa", lengths=(16,), gate=0.5, name="decoder", out=tmp_path
+    )
+    (decided,) = [step.facts for step in bundle.manifest.history if step.name == "attention"]
+    assert decided["chosen"] == "dense" and "in coreml: this form has no causal mask, asked for" in decided["why"]
+    assert not any(step.name == "sparsify.dsa" for step in bundle.manifest.history)

@@ -31,7 +31,7 @@ def test_a_program_is_compared_whole_and_layer_by_layer(bert: models.Model) -> N
     assert int8.fidelity and 0.98 < int8.fidelity.mean < fp32.fidelity.mean and max(int8.layers) < min(fp32.layers)
     assert len(int8.layers) == 3 and 0 < int8.size_bytes < fp32.size_bytes and fp32.native is None
     body = json.loads(found.to_json())
-    assert body["schema"] == "edgeformer.parity/1" and body["cells"][0]["fidelity"]["measure"] == "cosine"
+    assert body["schema"] == "edgeformer.parity/2" and body["cells"][0]["fidelity"]["measure"] == "cosine"
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def test_it_is_the_definition_on_valid_rows(theta: list[float], changes: dict[st
 
 def test_grouped_heads_see_their_own_keys() -> None:
     made = static.form(scorer([2, 2, 2, 2]), 128, False)
-    assert made is not None
+    assert isinstance(made, static.Static)
     q, k = torch.randn(1, HEADS, 128, DIM), torch.randn(1, 2, 128, DIM)
     wide = k.repeat_interleave(2, 1)
     torch.testing.assert_close(made(q, k, k, None, False, 0.0), made(q, wide, wide, None, False, 0.0))
@@ -67,19 +67,20 @@ def test_heads_share_a_width_in_at_most_three_groups() -> None:
 
 
 @pytest.mark.parametrize(
-    ("theta", "changes", "length", "causal"),
+    ("theta", "changes", "length", "causal", "why"),
     [
-        ([8, 8, 8, 8], {}, 128, False),  # keeps all: more work than dense
-        ([2, 2, 2, 2], {}, 120, False),  # not in whole blocks
-        ([2, 2, 2, 2], {}, 128, True),
-        ([2, 2, 2, 2], {"dense_below": 128}, 128, False),
-        ([0.1, 0.1, 0.1, 0.1], {"rule": THRESHOLD}, 128, False),  # nothing bounds the count
-        ([0.5, 0.5, 0.5, 0.5], {"rule": TOP_P}, 128, False),
+        ([8, 8, 8, 8], {}, 128, False, "1.50 times the work"),
+        ([2, 2, 2, 2], {}, 120, False, "120 tokens are not in whole blocks of 16"),
+        ([2, 2, 2, 2], {}, 128, True, "no causal mask"),
+        ([2, 2, 2, 2], {"dense_below": 128}, 128, False, "up to 128 tokens are dense"),
+        ([0.1, 0.1, 0.1, 0.1], {"rule": THRESHOLD}, 128, False, "nothing bounds"),
+        ([0.5, 0.5, 0.5, 0.5], {"rule": TOP_P}, 128, False, "nothing bounds"),
     ],
 )
 def test_dense_where_it_is_not_less_work_or_cannot_be(
-    theta: list[float], changes: dict[str, int], length: int, causal: bool
+    theta: list[float], changes: dict[str, int], length: int, causal: bool, why: str
 ) -> None:
     layer = scorer(theta)
     layer.config = Config(**{**vars(layer.config), **changes})
-    assert static.form(layer, length, causal) is None
+    made = static.form(layer, length, causal)
+    assert isinstance(made, str) and why in made

@@ -24,6 +24,7 @@ from .reference import THRESHOLD, TOP_K, Config
 
 MASKED = -30000.0  # fp16 holds two of it
 BUCKETS = 3
+CAUSAL = "this form has no causal mask"
 Tensor = torch.Tensor
 
 
@@ -34,14 +35,21 @@ class Bucket(NamedTuple):
     width: int
 
 
-def form(scorer: Scorer, length: int, causal: bool) -> torch.nn.Module | None:
-    """What computes this layer at this length; None: dense attention, which is less work or all there is."""
+def form(scorer: Scorer, length: int, causal: bool) -> torch.nn.Module | str:
+    """What computes this layer at this length, or why that is dense attention: less work, or all there is."""
     config = scorer.config
-    counts = _counts(scorer, length)
-    if causal or config.causal or counts is None or length <= config.dense_below or config.select_per_kv:
-        return None
+    if causal or config.causal:
+        return CAUSAL
+    if length <= config.dense_below:
+        return f"rows of up to {config.dense_below} tokens are dense"
+    if length % config.block_k or config.block_q != config.block_k:
+        return f"{length} tokens are not in whole blocks of {config.block_q} by {config.block_k}"
+    counts = None if config.select_per_kv else _counts(scorer, length)
+    if counts is None:
+        return "nothing bounds how many blocks each head keeps, as rule top_k or max_blocks would"
     found = buckets(counts)
-    return Static(scorer, counts, found) if share(found, config, length) < 1 else None
+    work = share(found, config, length)
+    return Static(scorer, counts, found) if work < 1 else f"it would be {work:.2f} times the work of dense attention"
 
 
 def share(found: tuple[Bucket, ...], config: Config, length: int) -> float:
@@ -52,10 +60,8 @@ def share(found: tuple[Bucket, ...], config: Config, length: int) -> float:
 
 
 def _counts(scorer: Scorer, length: int) -> tuple[int, ...] | None:
-    """The most blocks each head keeps; None where nothing bounds it, or blocks do not fit the length."""
+    """The most blocks each head keeps; None where nothing bounds it."""
     config, blocks = scorer.config, length // scorer.config.block_k
-    if length % config.block_k or config.block_q != config.block_k:
-        return None
     theta = scorer.theta.tolist()
     if config.rule == TOP_K:
         asked = [max(int(k), config.min_blocks, 1) for k in theta]

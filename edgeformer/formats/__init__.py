@@ -6,6 +6,7 @@ A format module offers one constant and one function:
     PRECISIONS = ("int8", "fp32")  # what it writes, of `plan.PRECISIONS`; the first by default
     def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]
 
+and, where its sparse attention keeps blocks by another rule than a threshold, `RULE` (of `attention.reference`).
 It traces the model once, writes a program for each precision with its own runtime's quantizer, and
 counts the work on what it wrote. It imports its tool chain at its own top, so a missing one costs only its own users.
 The module in `devices/agent/runners` with the same stem opens what it writes.

@@ -27,12 +27,14 @@ from edgeformer_agent import wire
 
 from ..attention import static, swap
 from ..attention.dsa import Scorer
+from ..attention.reference import TOP_K
 from ..coreml_package import MANIFEST, MASKED, Converted, assemble
 from ..errors import ExportError
 from ..model import Model
 from ..program import Program
 
 PRECISIONS = ("int8", "fp16", "int4", "fp32")
+RULE = TOP_K  # a program holds a fixed number of blocks a head
 RUNTIME = wire.Runtime("Core ML", "8", "99")  # 8 came with iOS 18; later ones open older packages
 PACKAGE = "model.mlpackage"
 # Of the converter's 90 passes those that encoders need. Out are, on purpose: fp16 (set in `coreml_package`), and guards
@@ -57,9 +59,13 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     Batch 1, static shapes: a function for each of `model.lengths`, `length_0` where there is no sequence.
     Raises ExportError with the converter's own words.
     """
+    converted: dict[int, Converted] = {}
+    sparse: dict[str, Any] = {}
     made: list[Any] = []  # the converter's results; their weights lie in folders that live as long as they do
     try:
-        converted = {length: _converted(model, length, made) for length in model.lengths or (0,)}
+        for length in model.lengths or (0,):
+            converted[length], account = _converted(model, length, made)
+            sparse |= {str(length): account} if account else {}
     except Exception as error:
         raise ExportError(f"coreml: {model.name} does not convert: {type(error).__name__}: {error}") from error
     for precision in precisions:
@@ -75,13 +81,14 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
             runtime=RUNTIME,
             needs=wire.Needs(),
             work=package.work,
+            sparse_layers=sparse,
         )
 
 
-def _converted(model: Model, length: int, made: list[Any]) -> Converted:
-    """One length in fp32, inputs and output under the model's names."""
+def _converted(model: Model, length: int, made: list[Any]) -> tuple[Converted, dict[str, Any]]:
+    """One length in fp32, inputs and output under the model's names; and which layers are sparse in it."""
     with torch.no_grad(), _quiet():
-        with _attention(model, length) as module:
+        with _attention(model, length) as (module, account):
             program = torch.export.export(module, model.example(length))
         converted: Any = ct.convert(
             program.run_decompositions(_decompositions()),
@@ -96,24 +103,29 @@ def _converted(model: Model, length: int, made: list[Any]) -> Converted:
     spec = converted.get_spec()
     for tensor, feature in zip(model.inputs, list(spec.description.input), strict=True):
         ct.utils.rename_feature(spec, feature.name, tensor.name, rename_outputs=False)
-    return Converted(spec, Path(converted.weights_dir) / "weight.bin")
+    return Converted(spec, Path(converted.weights_dir) / "weight.bin"), account
 
 
 @contextmanager
-def _attention(model: Model, length: int) -> Iterator[torch.nn.Module]:
-    """The module with its sparse layers in the form that this length gets."""
+def _attention(model: Model, length: int) -> Iterator[tuple[torch.nn.Module, dict[str, Any]]]:
+    """The module with its sparse layers in the form that this length gets, and an account of them."""
     if not any(isinstance(m, Scorer) for m in model.module.modules()):
-        yield model.module
+        yield model.module, {}
         return
     module = copy.deepcopy(model.module)
     if swap.has_thetas(module):
         swap.for_length(module, length)
-    sparse = [layer for layer in swap.layers(module) if hasattr(layer.module, swap.SCORER)]
-    forms = {x.number: static.form(swap.scorer(x), length, x.causal) for x in sparse}
+    layers = swap.layers(module)
+    scored = [layer for layer in layers if hasattr(layer.module, swap.SCORER)]
+    found = {x.number: static.form(swap.scorer(x), length, x.causal) for x in scored}
+    forms = {number: made for number, made in found.items() if not isinstance(made, str)}
+    account: dict[str, Any] = {"sparse": len(forms), "layers": len(layers)}
+    if reasons := sorted({made for made in found.values() if isinstance(made, str)}):
+        account["dense_because"] = reasons
     with swap.replaced(module, lambda layer: forms.get(layer.number)):
-        if not any(forms.values()):
+        if not forms:
             swap.transformer(module).set_attn_implementation("eager")
-        yield module
+        yield module, account
 
 
 @contextmanager
@@ -133,18 +145,9 @@ def _decompositions() -> dict[Any, Any]:
         _aten.where.ScalarOther: lambda condition, x, y: torch.where(condition, x, _number(y)),
         _aten.__and__.Tensor: torch.logical_and,
         _aten.alias.default: lambda x: x,
-        _aten.diagonal.default: _diagonal,
         _aten.gelu.default: _gelu,
         _aten.scaled_dot_product_attention.default: _dense_attention,
     }
-
-
-def _diagonal(x: torch.Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> torch.Tensor:
-    """Of a batch with itself, as in `rows[i, place[i]]`; the batch is 1. The converter (9.0) does nothing for it."""
-    if offset or x.shape[dim1] != 1 or x.shape[dim2] != 1:
-        raise ExportError(f"coreml: the diagonal of a tensor of shape {tuple(x.shape)}; only of two axes of 1")
-    kept = [n for i, n in enumerate(x.shape) if i not in (dim1 % x.ndim, dim2 % x.ndim)]
-    return x.reshape([*kept, 1])
 
 
 def _gelu(x: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ def dsa(
     dense_below: int | None = None,
     recipe: scorer.Recipe | None = None,
     distil: int | Recipe = 0,
+    scorers: Scorers | None = None,
     checkpoint: str | Path | None = None,
     progress: scorer.Progress = scorer.quiet,
 ) -> Pass:
@@ -65,21 +66,22 @@ def dsa(
     by what it keeps of the given rows cut to each of the model's lengths.
     recipe: of the scorer training; by default the one for encoders or for decoders.
     distil: steps of joint distillation, or its whole recipe; on all of the long rows, where scorers take the first 100.
+    scorers: of this model, from `train` with these rows; they are trained here by default.
     checkpoint: a file from which interrupted training goes on; that of the distillation is beside it, with `.distil`.
     """
     if not 0 < budget <= 1:
         raise BadInput(f"budget {budget} must be above 0 and at most 1: the fraction of blocks to keep")
     compute = int(int8)
-    base = Config(block_q=block, block_k=block, rule=rule, dense_below=dense_below or 0)
 
     def run(model: Model) -> Model:
-        longest = min(length or model.max_length, model.max_length or length)
-        given = _inputs(model, rows, longest, block)
+        made = scorers or train(
+            model, rows, length=length, block=block, recipe=recipe, checkpoint=checkpoint, progress=progress
+        )
+        given, trained = made.rows, made.trained
         module = copy.deepcopy(model.module)
-        config = _with_sink(base, module)
+        config = replace(made.stats.config, rule=rule, dense_below=dense_below or 0)
+        stats = replace(made.stats, config=config)
         few, tokens = given[:MOST_ROWS], 0 if model.lengths else length
-        stats = scorer.collect(module, few, config, progress, tokens)
-        trained = scorer.train(stats, recipe, checkpoint=checkpoint, progress=progress)
         found = scorer.calibrate(stats, trained.parameters, budget, per_head=per_head)
         thetas = {int(stats.lengths.max()): found.theta}
         for bucket in sorted(n for n in buckets if model.lengths and n < max(thetas)):
@@ -111,6 +113,32 @@ def dsa(
         return model.after("sparsify.dsa", module, facts=facts | learned)
 
     return run
+
+
+@dataclass(frozen=True)
+class Scorers:
+    """Trained on what a dense model does, before any rule or budget: each can be calibrated on them."""
+
+    rows: list[tuple[torch.Tensor, ...]]  # all of the long ones
+    stats: scorer.Statistics
+    trained: scorer.Trained
+
+
+def train(
+    model: Model,
+    rows: Rows,
+    *,
+    length: int = 0,
+    block: int = 64,
+    recipe: scorer.Recipe | None = None,
+    checkpoint: str | Path | None = None,
+    progress: scorer.Progress = scorer.quiet,
+) -> Scorers:
+    """The first half of `dsa`, with its parameters; for several calls of it on one model."""
+    given = _inputs(model, rows, min(length or model.max_length, model.max_length or length), block)
+    config = _with_sink(Config(block_q=block, block_k=block), model.module)
+    stats = scorer.collect(model.module, given[:MOST_ROWS], config, progress, 0 if model.lengths else length)
+    return Scorers(given, stats, scorer.train(stats, recipe, checkpoint=checkpoint, progress=progress))
 
 
 def _facts(
