@@ -127,7 +127,7 @@ def build(
         model = step(model)
     if menu:
         order = Order(menu, limits, train, data, task, trials, Path(out) / "search", report)
-        model, attention, budget = served(order, model, before, rows, planned[0], attention, budget)
+        model, attention, budget = served(order, model, before, planned[0], attention, budget)
     if model.tokenizer is not before.tokenizer:  # a pass cut the vocabulary
         rows = rows_of.load(model, data, task)
     shop = Workshop(rows, wanted, limit, report)

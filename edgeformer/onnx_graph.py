@@ -82,6 +82,7 @@ def work(proto: onnx.ModelProto, model: Model) -> tuple[wire.Work, ...]:
     graph = onnx.ModelProto()
     graph.CopyFrom(proto)
     weights = {w.name: w for w in graph.graph.initializer}
+    turned = {name: weights[source] for name, source in transposed(graph.graph).items()}
     products = [node for node in graph.graph.node if node.op_type in PRODUCTS]
     seen = {name for node in products for name in (*node.input[:4], node.output[0]) if name and name not in weights}
     known = {value.name for value in (*graph.graph.output, *graph.graph.input)}
@@ -90,7 +91,13 @@ def work(proto: onnx.ModelProto, model: Model) -> tuple[wire.Work, ...]:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # keeps every name
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
     kept = cost.calibrated(model.history)
-    return tuple(_work_at(session, products, weights, n, kept) for n in kept.counted(model.lengths))
+    return tuple(_work_at(session, products, weights | turned, n, kept) for n in kept.counted(model.lengths))
+
+
+def transposed(graph: onnx.GraphProto) -> dict[str, str]:
+    """Name -> the constant matrix it is the transpose of: a table that also is the matrix of a head."""
+    constants = {w.name for w in graph.initializer if len(w.dims) == 2}
+    return {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Transpose" and n.input[0] in constants}
 
 
 def _sizes(x: Any, length: int) -> list[int]:
@@ -102,8 +109,8 @@ def _sizes(x: Any, length: int) -> list[int]:
 def _work_at(session: Any, products: list[Any], weights: dict[str, Any], length: int, kept: cost.Kept) -> wire.Work:
     feed = {x.name: np.ones(_sizes(x, length), DTYPES[x.type]) for x in session.get_inputs()}
     names = [x.name for x in session.get_outputs()]
-    shapes = {name: array.shape for name, array in zip(names, session.run(names, feed), strict=True)}
-    shapes |= {name: array.shape for name, array in feed.items()} | {n: tuple(w.dims) for n, w in weights.items()}
+    shapes = {name: tuple(w.dims) for name, w in weights.items()} | {name: array.shape for name, array in feed.items()}
+    shapes |= {name: array.shape for name, array in zip(names, session.run(names, feed), strict=True)}
     work = {False: 0.0, True: 0.0}
     weight_bytes = activation_bytes = 0.0
     for node in products:

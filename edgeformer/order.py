@@ -9,11 +9,10 @@ from pathlib import Path
 from edgeformer_agent import wire
 
 from . import data as rows_of
-from .data import Rows
 from .errors import BadInput
 from .model import Model
 from .plan import Plan
-from .recipe import Kitchen, Recipe, cooked, ranges
+from .recipe import Recipe, cook, ranges
 from .search import Limits, Progress, Real, kitchen, search
 
 
@@ -32,7 +31,7 @@ class Order:
 
 
 def served(
-    order: Order, model: Model, teacher: Model, rows: Rows, plan: Plan, attention: str, budget: float
+    order: Order, model: Model, teacher: Model, plan: Plan, attention: str, budget: float
 ) -> tuple[Model, str, float]:
     """The optimized model, and the attention and budget of its recipe. Raises BudgetMissed, BadInput."""
     recipe, found = order.recipe, None
@@ -47,9 +46,7 @@ def served(
         found = outcome.best.real if outcome.best else None
     elif order.limits is not None:
         raise BadInput(f"recipe {recipe.name} has no open setting to meet limits with; see edgeformer.recipe")
-    given: Kitchen = kitchen(teacher, rows, order.train, order.task, order.folder, order.report)
-    for step in cooked(recipe, given):
-        model = step(model)
+    model = cook(recipe, kitchen(teacher, order.data, order.train, order.task, order.folder, order.report), model)
     chosen = attention if attention != "auto" else recipe.attention
     return _told(model, recipe, order.limits, found), chosen, recipe.budget if recipe.attention == "dsa" else budget
 

@@ -36,7 +36,7 @@ from .errors import BadInput
 from .model import Model
 from .passes import Pass
 
-__all__ = ["Kitchen", "Range", "Recipe", "Step", "closed", "cooked", "dump", "load", "names", "ranges"]
+__all__ = ["Kitchen", "Range", "Recipe", "Step", "closed", "cook", "dump", "load", "names", "ranges"]
 
 Progress = Callable[[str, int, int], None]
 _TOP = ("title", "attention", "budget", "precision", "pass")
@@ -78,6 +78,7 @@ class Kitchen:
 
     teacher: Model
     rows: rows_of.Rows
+    read: Callable[[Model], rows_of.Rows]  # the same rows by another model's tokenizer
     texts: tuple[str, ...] = ()
     labels: tuple[float, ...] | None = None
     folder: Path | None = None
@@ -123,11 +124,21 @@ def closed(recipe: Recipe, chosen: Mapping[str, Any]) -> Recipe:
     return replace(recipe, steps=tuple(steps))
 
 
-def cooked(recipe: Recipe, kitchen: Kitchen) -> tuple[Pass, ...]:
-    """The recipe's passes, ready for `build(passes=...)`. Raises BadInput for a setting or an ingredient amiss."""
+def cook(recipe: Recipe, kitchen: Kitchen, model: Model) -> Model:
+    """
+    Runs the recipe's passes. Rows are read again where a pass cut the vocabulary: their tokens have other numbers then.
+    Raises BadInput for an open setting, a setting that a pass does not have, or what it lacks.
+    """
     if missing := ranges(recipe):
         raise BadInput(f"recipe {recipe.name}: {', '.join(missing)} are open; `search` chooses them")
-    return tuple(_bound(recipe, step, kitchen) for step in recipe.steps)
+    for step in recipe.steps:  # mistakes are found before anything runs
+        _bound(recipe, step, kitchen)
+    for step in recipe.steps:
+        before = model.tokenizer
+        model = _bound(recipe, step, kitchen)(model)
+        if model.tokenizer is not before:
+            kitchen = replace(kitchen, rows=kitchen.read(model))
+    return model
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from .errors import BadInput, BudgetMissed, EdgeformerError
 from .model import Model
 from .plan import Export, plans
 from .program import Program
-from .recipe import Kitchen, Recipe, closed, cooked, dump, load, ranges
+from .recipe import Kitchen, Recipe, closed, cook, dump, load, ranges
 from .workshop import described
 
 __all__ = ["Limits", "Outcome", "Point", "Proxy", "Real", "kitchen", "search"]
@@ -174,7 +174,7 @@ def search(
         model = models.load(model)
     rows = rows_of.load(model, data, task)
     model = rows_of.with_task(model, rows)
-    given = kitchen(model, rows, train, task, Path(folder), report)
+    given = kitchen(model, data, train, task, Path(folder), report)
     bench = _Bench(model, rows, (data, task), plan.device, plan.exports[0], given, limits, Path(folder))
     study = _study(bench, found, seed)
     points = _tried(study, bench, found, trials, seed, report)
@@ -187,14 +187,16 @@ def search(
 
 
 def kitchen(
-    model: Model, rows: rows_of.Rows, train: str | Path | None, task: str | None, folder: Path, report: Progress
+    model: Model, data: rows_of.Data, train: str | Path | None, task: str | None, folder: Path, report: Progress
 ) -> Kitchen:
-    """What passes are given: the training file, or the rows without their labels where there is none."""
-    if train is None:
-        return Kitchen(model, replace(rows, labels=None), folder=folder / "work", progress=report)
-    few = rows_of.load(model, train, task)
-    pairs = rows_of.texts(train, task)
-    return Kitchen(model, few, pairs.texts, pairs.labels, folder / "work", report)
+    """What passes are given: the training file, or the rows of `data` without their labels where there is none."""
+
+    def read(reader: Model) -> rows_of.Rows:
+        rows = rows_of.load(reader, data if train is None else train, task)
+        return replace(rows, labels=None) if train is None else rows
+
+    texts, labels = ((), None) if train is None else rows_of.texts(train, task)
+    return Kitchen(model, read(model), read, texts, labels, folder / "work", report)
 
 
 @dataclass(frozen=True)
@@ -212,9 +214,7 @@ class _Bench:
 
     def made(self, recipe: Recipe) -> tuple[Model, rows_of.Rows]:
         """The passes run; rows are cut into tokens again where the vocabulary changed."""
-        model = self.model
-        for step in cooked(recipe, self.kitchen):
-            model = step(model)
+        model = cook(recipe, self.kitchen, self.model)
         return model, self.rows if model.tokenizer is self.model.tokenizer else rows_of.load(model, *self.source)
 
     def proxy(self, recipe: Recipe) -> Proxy:

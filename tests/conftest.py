@@ -38,6 +38,23 @@ def board(board_tool: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> I
         yield running
 
 
+@pytest.fixture(scope="session")
+def executorch_bundle(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A sparse encoder of one layer for the board, int8 and fp32; its model; the folder with the key it trusts."""
+    for module in ("torch", "executorch", "ziglang"):
+        pytest.importorskip(module)
+    import sparse_models
+
+    import edgeformer as ef
+
+    folder = tmp_path_factory.mktemp("executorch")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
+        model = sparse_models.model(layers=1, lengths=(32, 70))
+        made = ef.build(model, "raspberry-pi-4", formats=["executorch"], precision=("int8", "fp32"), out=folder)
+        return made, model, folder / "config"
+
+
 @pytest.fixture
 def config_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Keys and caches of one test: the developer's own are neither used nor changed."""

@@ -1,7 +1,4 @@
-"""
-Small encoders with sparse attention. The torch operator `edgeformer::dsa` is the package's own where it defines one,
-else the same schema over the numpy reference.
-"""
+"""Small encoders with sparse attention."""
 
 from __future__ import annotations
 
@@ -11,35 +8,10 @@ import numpy as np
 import torch
 
 from edgeformer import model as models
-from edgeformer.attention import reference as ref
+from edgeformer.attention import op  # noqa: F401 (defines `edgeformer::dsa`)
 from edgeformer_agent import wire
 
 LAYERS = 2
-
-SCHEMA = (
-    "dsa(Tensor q, Tensor k, Tensor v, Tensor wq, Tensor wk, Tensor dist_bias, Tensor sink_bias, Tensor theta, "
-    "Tensor? q_len=None, Tensor? kv_len=None, *, int block_q=64, int block_k=64, int rule=0, int min_blocks=1, "
-    "int max_blocks=0, int force_diag=1, int n_sink=0, int causal=0, int q_offset=0, int select_per_kv=0, "
-    "int dense_below=0, int compute=0, float scale=0.0) -> Tensor"
-)
-try:
-    from edgeformer.attention import op  # type: ignore[attr-defined]  # noqa: F401
-except ImportError:
-    LIBRARY = torch.library.Library("edgeformer", "DEF")
-    LIBRARY.define(SCHEMA)
-
-    @torch.library.impl(LIBRARY, "dsa", "CPU")
-    def _dsa(q: Any, k: Any, v: Any, *rest: Any, **config: Any) -> torch.Tensor:
-        *scorer, q_len, kv_len = (None if x is None else x.detach().numpy() for x in (*rest, None, None)[:7])
-        config.pop("compute", None)
-        out = ref.fused(
-            ref.Config(**config), q.detach().numpy(), k.numpy(), v.numpy(), ref.Scorer(*scorer), q_len, kv_len
-        )
-        return torch.from_numpy(out.astype("float32"))
-
-    @torch.library.register_fake("edgeformer::dsa", lib=LIBRARY)
-    def _fake(q: Any, *_rest: Any, **_config: Any) -> torch.Tensor:
-        return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 class Attention(torch.nn.Module):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import dsa_cases
 import numpy as np
@@ -63,8 +65,8 @@ def lowered(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """NAME.pte, NAME.npz (inputs) and NAME.want.npy for some single calls and for an encoder."""
+def files(tmp_path_factory: pytest.TempPathFactory, executorch_bundle: Any) -> Path:
+    """NAME.pte, NAME.npz (inputs) and NAME.want.npy for some single calls and for an encoder of one layer."""
     folder = tmp_path_factory.mktemp("pte")
     chosen = [
         c for c in dsa_cases.PLAIN + dsa_cases.RULES if c.name in ("tail", "padded", "gqa", "per-kv", "top-p", "most")
@@ -74,12 +76,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{case.name}.pte").write_bytes(lowered(One(case), tuple(map(torch.from_numpy, operands))))
         np.savez(folder / case.name, *operands)
         np.save(folder / f"{case.name}.want", case.expected())
-    model = sparse_models.model(lengths=(LENGTH,))
-    rows = [x.astype(np.int64) for x in sparse_models.rows(1, LENGTH).values()]
-    inputs = tuple(map(torch.from_numpy, rows))
-    (folder / "encoder.pte").write_bytes(lowered(model.module, inputs))
+    bundle, model, _ = executorch_bundle
+    rows = list(sparse_models.rows(1, LENGTH).values())
+    shutil.copy(next(bundle.path / e.path for e in bundle.manifest.programs if e.precision == "fp32"), folder / "encoder.pte")
     np.savez(folder / "encoder", *rows)
-    np.save(folder / "encoder.want", model.module(*inputs).numpy())
+    np.save(folder / "encoder.want", model.module(*map(torch.from_numpy, rows)).numpy())
     return folder
 
 
@@ -93,7 +94,7 @@ def test_kernel(files: Path) -> None:
     done = run(files, names, str(native.binding("executorch")))
     assert done.returncode == 0, done.stderr[-800:]
     calls, kernels = json.loads(done.stdout.splitlines()[-1])
-    assert calls == {name: sparse_models.LAYERS if name == "encoder" else 1 for name in names}
+    assert calls == dict.fromkeys(names, 1)
     assert kernels and len(names) == 7
     for name in names:
         out, want = np.load(files / f"{name}.out.npy"), np.load(files / f"{name}.want.npy")

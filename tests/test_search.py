@@ -43,6 +43,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return found(tmp_path_factory.mktemp("search"), Limits(max_drop=0.9))
 
 
+@pytest.mark.slow
 def test_the_best_is_a_program_that_was_run(outcome: Outcome) -> None:
     real = [p for p in outcome.points if p.real]
     assert len(outcome.points) == 6 and 1 <= len(real) <= 2 and outcome.best in real
@@ -56,12 +57,14 @@ def test_the_best_is_a_program_that_was_run(outcome: Outcome) -> None:
     assert json.loads(outcome.to_json())["points"][0]["proxy"]["latency_ms"] > 0
 
 
+@pytest.mark.slow
 def test_what_nothing_meets_is_refused_with_the_nearest(outcome: Outcome, tmp_path: Path) -> None:
     missed = dataclasses.replace(outcome, limits=Limits(max_size_mb=0.0001), best=None)
     with pytest.raises(BudgetMissed, match=r"size_mb 0.0001 at most; nearest:\ntrial \d+: .* keep 0\.\d"):
         _ = missed.recipe
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_and_ends_as_it_would_have(outcome: Outcome, tmp_path: Path) -> None:
     found(tmp_path, outcome.limits, trials=2)
     again = found(tmp_path, outcome.limits)
@@ -94,6 +97,7 @@ def test_a_killed_search_goes_on(outcome: Outcome, tmp_path: Path) -> None:
     assert again.best and again.best.real
 
 
+@pytest.mark.slow
 def test_a_setting_that_fails_is_not_chosen(tmp_path: Path) -> None:
     steps = (Step("student.layers", {"keep": Range(choice=(1, 9))}),)
     made = search(

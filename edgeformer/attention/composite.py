@@ -1,8 +1,10 @@
 """
 Block-DSA in torch's standard operators: rule 0 as a masked dense attention, for static shapes and for symbolic ones.
 
-What a runtime computes that has no library of ours. It is written for LiteRT's XNNPACK: at most five axes, no mask of
-the size of the scores except a causal one, sizes padded to whole blocks inside. The same numbers as the definition, at
+What a runtime computes that has no library of ours. Where lengths are static it is written for LiteRT's XNNPACK: at
+most five axes, no mask of the size of the scores except a causal one, sizes padded to whole blocks inside. Where they
+are symbols the number of blocks is that of the longest axis, for every length: one symbol is then the only one, and a
+tool chain that passes over a graph again and again reasons about nothing else. The same numbers as the definition, at
 dense cost. One difference is left: a NaN in a token that was not kept reaches the rows that did not look at it.
 """
 
@@ -25,9 +27,10 @@ class Blocks(NamedTuple):
 
     number: int
     size: int
-    valid: Tensor  # (batch, count, size), float 0 or 1
-    rows: Tensor  # (batch, count): valid rows of each block
-    start: Tensor  # (count): position of the first row
+    valid: Tensor  # (batch, tokens), float 0 or 1
+    rows: Tensor  # (batch, number): valid rows of each block
+    start: Tensor  # (number): position of the first row
+    of: Tensor | None  # (tokens): the block each is in, int32; None where the tokens fill their blocks
 
 
 def inexpressible(*, rule: int = 0, min_blocks: int = 1, max_blocks: int = 0) -> str | None:
@@ -62,11 +65,13 @@ def dsa(
     select_per_kv: int = 0,
     dense_below: int = 0,
     scale: float = 0.0,
+    longest: int = 0,
 ) -> Tensor:
+    """`longest`: most rows of q or k where their number is a symbol. The other names are the operator's."""
     batch, heads, rows, dim = q.shape
     groups, k_rows = k.shape[1:3]
     q_offset = k_rows - rows if q_offset == LAST_ROWS else q_offset
-    a, b = _blocks(rows, block_q, q_len), _blocks(k_rows, block_k, kv_len)
+    a, b = _blocks(rows, block_q, q_len, longest), _blocks(k_rows, block_k, kv_len, longest)
     q, k, v = _clean(q, a), _heads(_clean(k, b), heads), _heads(_clean(v, b), heads)
     candidate, last, first = _candidates(a, b, kv_len, causal, q_offset)
     z = _scores(_pooled(q, a) @ wq[None], _pooled(k, b) @ wk[None], dist_bias, sink_bias, a, b, q_offset)
@@ -85,22 +90,25 @@ def dsa(
     if min_blocks:
         keep = torch.maximum(keep, _heaviest(mass, candidate, b) * (1 - keep.amax(-1, keepdim=True)))
     out = _attend(q * (scale or dim**-0.5), k, v, keep, a, b, q_offset if causal else None)
-    used = (_first(keep, b) <= _reach(a, q_offset if causal else None)).to(q.dtype) * a.valid[:, None]
-    return (out * used.reshape(batch, heads, a.number * block_q, 1))[:, :, :rows]
+    return (out * _used(keep, a, b, q_offset if causal else None))[:, :, :rows]
 
 
-def _blocks(rows: int, size: int, length: Tensor) -> Blocks:
-    count = (rows + size - 1) // size
-    t = torch.arange(count * size, dtype=torch.float32)
-    end = length.to(torch.float32).clamp(max=rows)
-    valid = (t[None] < end[:, None]).to(torch.float32).reshape(len(length), count, size)
-    return Blocks(count, size, valid, valid.sum(-1), torch.arange(count, dtype=torch.float32) * size)
+def _blocks(rows: int, size: int, length: Tensor, longest: int) -> Blocks:
+    whole = not longest
+    number = (rows + size - 1) // size if whole or isinstance(rows, int) else -(-longest // size)
+    t = torch.arange(number * size if whole else rows, dtype=torch.float32)
+    start = torch.arange(number, dtype=torch.float32) * size
+    end = length.to(torch.float32).clamp(max=rows)[:, None]
+    valid = (t[None] < end).to(torch.float32)
+    of = None if whole else (t / size).to(torch.int32)
+    return Blocks(number, size, valid, (end - start).clamp(0, size), start, of)
 
 
 def _clean(x: Tensor, blocks: Blocks) -> Tensor:
-    """Whole blocks; padding, which may hold anything, is 0."""
-    x = pad(x, (0, 0, 0, blocks.number * blocks.size - x.shape[2]))
-    valid = blocks.valid.reshape(x.shape[0], 1, x.shape[2], 1)
+    """Whole blocks where blocks are whole; padding, which may hold anything, is 0."""
+    if blocks.of is None:
+        x = pad(x, (0, 0, 0, blocks.number * blocks.size - x.shape[2]))
+    valid = blocks.valid[:, None, :, None]
     return torch.where(valid > 0, x, torch.zeros_like(x))
 
 
@@ -114,7 +122,10 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 def _pooled(x: Tensor, blocks: Blocks) -> Tensor:
     batch, heads, _, dim = x.shape
-    total = x.reshape(batch, heads, blocks.number, blocks.size, dim).sum(3)
+    if blocks.of is None:
+        total = x.reshape(batch, heads, blocks.number, blocks.size, dim).sum(3)
+    else:
+        total = (blocks.of == torch.arange(blocks.number, dtype=torch.int32)[:, None]).to(x.dtype) @ x
     return total / blocks.rows.clamp(min=1).reshape(batch, 1, blocks.number, 1)
 
 
@@ -144,6 +155,8 @@ def _all_if_short(keep: Tensor, rows: int | torch.SymInt, dense_below: int) -> T
     The length may be a symbol while a graph of any length is traced: no branch then, which would fix it. What was
     scored stays in the graph: a converter drops operands that nobody reads.
     """
+    if not dense_below:
+        return keep
     if isinstance(rows, int):
         return torch.maximum(keep, torch.ones_like(keep)) if rows <= dense_below else keep
     return torch.maximum(keep, (torch.ones(rows).sum() <= dense_below).to(keep.dtype))
@@ -167,20 +180,37 @@ def _heaviest(mass: Tensor, candidate: Tensor, b: Blocks) -> Tensor:
     return (b.start.reshape(1, 1, 1, -1) == _first(top, b)).to(mass.dtype)
 
 
-def _reach(a: Blocks, offset: int | None) -> Tensor:
-    """(1, 1, i, rows of a block): the last position each row may look at."""
-    t = torch.arange(a.number * a.size, dtype=torch.float32).reshape(1, 1, a.number, a.size)
-    return torch.full_like(t, FAR / 2) if offset is None else t + offset
+def _used(keep: Tensor, a: Blocks, b: Blocks, offset: int | None) -> Tensor:
+    """(batch, heads, tokens, 1): 1 for a valid row that may look at a token of a kept block."""
+    valid = a.valid[:, None, :, None]
+    if offset is None:
+        return _of_tokens(keep.amax(-1, keepdim=True), a) * valid
+    t = torch.arange(a.valid.shape[1], dtype=torch.float32)[:, None] + offset
+    return (_of_tokens(_first(keep, b), a) <= t).to(keep.dtype) * valid
+
+
+def _of_tokens(x: Tensor, a: Blocks) -> Tensor:
+    """(batch, heads, blocks, n) -> (batch, heads, tokens, n)"""
+    if a.of is not None:
+        return x.index_select(2, a.of)
+    batch, heads, _, n = x.shape
+    return x[:, :, :, None].expand(batch, heads, a.number, a.size, n).reshape(batch, heads, a.number * a.size, n)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, a: Blocks, b: Blocks, offset: int | None) -> Tensor:
-    """The blocks' bias is added in five axes; `offset` is the position of row 0 in a causal attention."""
-    batch, heads, rows, _ = q.shape
-    keys, all_ = k.shape[2], batch * heads
-    logits = (q @ k.transpose(-1, -2)).reshape(all_, a.number, a.size, b.number, b.size)
-    logits = logits + ((1 - keep) * OUT).reshape(all_, a.number, 1, b.number, 1)
-    logits = logits.reshape(batch, heads, rows, keys) + ((1 - b.valid) * OUT).reshape(batch, 1, 1, keys)
+    """`offset` is the position of row 0 in a causal attention."""
+    logits = _logits(q @ k.transpose(-1, -2), (1 - keep) * OUT, a, b) + ((1 - b.valid) * OUT)[:, None, None]
     if offset is not None:
-        future = torch.arange(keys)[None] > torch.arange(rows)[:, None] + offset
+        future = torch.arange(k.shape[2])[None] > torch.arange(q.shape[2])[:, None] + offset
         logits = logits + torch.where(future, OUT, 0.0)
     return logits.softmax(-1) @ v
+
+
+def _logits(logits: Tensor, bias: Tensor, a: Blocks, b: Blocks) -> Tensor:
+    """Adds each block's bias to its tokens' logits; to whole blocks, in five axes."""
+    if a.of is not None and b.of is not None:
+        return logits + bias.index_select(2, a.of).index_select(3, b.of)
+    batch, heads, rows, keys = logits.shape
+    all_ = batch * heads
+    parts = logits.reshape(all_, a.number, a.size, b.number, b.size) + bias.reshape(all_, a.number, 1, b.number, 1)
+    return parts.reshape(batch, heads, rows, keys)

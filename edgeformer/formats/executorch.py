@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -26,7 +27,6 @@ from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec
 from torch.ao.quantization.fx import _decomposed  # noqa: F401 (defines the rest of quantized_decomposed)
-from torch.fx.passes.dialect.common.cse_pass import CSEPass
 
 from edgeformer_agent import wire
 
@@ -57,7 +57,7 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
         try:
             graph = _graph(model, module)
             further = {} if model.past is None else {NEXT: _next_graph(model, module, model.past)}
-            content = _lowered({"": graph, **further})
+            content = _lowered({"": graph, **further}, max(model.max_length, 2))
         except Exception as error:
             raise ExportError(
                 f"executorch: {model.name} does not lower in {precision}: {type(error).__name__}: {error}"
@@ -106,14 +106,14 @@ def _next_graph(model: Model, module: torch.nn.Module, past: wire.Tensor) -> Any
         return torch.export.export(module, (*model.example(1), before), dynamic_shapes=(shapes,), strict=False)
 
 
-def _lowered(graphs: dict[str, Any]) -> bytes:
+def _lowered(graphs: dict[str, Any], longest: int) -> bytes:
     """`graphs`: what follows the methods' names -> graph."""
     methods, partitioners = {}, {}
     for suffix, graph in graphs.items():
         methods[NATIVE + suffix], partitioners[NATIVE + suffix] = graph, [_partitioner(graph)]
         if _sparse(graph):
-            standard = graph.run_decompositions({torch.ops.edgeformer.dsa.default: _standard})
-            CSEPass()(standard.graph_module)  # what a layer says about blocks and lengths, every layer says
+            standard = graph.run_decompositions({torch.ops.edgeformer.dsa.default: partial(_standard, longest)})
+            _merge(standard.graph)  # what a layer says about blocks and lengths, every layer says
             methods[STANDARD + suffix], partitioners[STANDARD + suffix] = standard, [_partitioner(graph, PLAIN)]
     lowered = to_edge_transform_and_lower(
         methods,
@@ -138,7 +138,18 @@ def _sparse(graph: Any) -> bool:
     return any(_name(node) == "dsa" for node in graph.graph.nodes)
 
 
-def _standard(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **config: Any) -> Tensor:
+def _merge(graph: Any) -> None:
+    """One node for those that say the same. No text twice: `repr` tells 1 from 1.0, a key of values does not."""
+    seen: dict[str, Any] = {}
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.users:
+            first = seen.setdefault(repr((node.target, node.args, node.kwargs)), node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+                graph.erase_node(node)
+
+
+def _standard(longest: int, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **config: Any) -> Tensor:
     """The operator as its decomposition; attention in float, whatever `compute` asks of the native one."""
     config.pop("compute", None)
     if reason := composite.inexpressible(**{n: config.pop(n) for n in ("rule", "max_blocks") if n in config}):
@@ -148,7 +159,7 @@ def _standard(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **config: Any) -> Ten
         torch.full(x.shape[:1], x.shape[2], dtype=torch.int32) if given is None else given
         for x, given in ((q, q_len), (k, kv_len))
     )
-    return composite.dsa(q, k, v, wq, wk, dist_bias, sink_bias, theta, q_len, kv_len, **config)
+    return composite.dsa(q, k, v, wq, wk, dist_bias, sink_bias, theta, q_len, kv_len, longest=longest, **config)
 
 
 # --- int8 -------------------------------------------------------------------------------------------------------------

@@ -7,16 +7,11 @@ runs with or without our library (see `attention.onnx_function`).
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-
-import onnx
-from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from edgeformer_agent import wire
 
-from .. import onnx_graph
+from .. import onnx_graph, onnx_int8
 from ..attention import onnx_function
 from ..model import Model
 from ..program import Program
@@ -24,14 +19,14 @@ from ..program import Program
 PRECISIONS = ("int8", "fp32")
 RUNTIME = wire.Runtime("onnxruntime", "1.17", "2")
 GLIBC = "2.28"  # read from the library's symbols
-QUANTIZED = ["MatMul", "Gemm", "Gather"]  # Gather: the embedding tables, half of a small encoder
 
 
 def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     """One file each, any batch, any length up to `model.max_length`. Raises ExportError in the exporter's own words."""
     fp32 = onnx_graph.trace(model, "onnx")
+    int8 = onnx_int8.by_row if model.task.kind == "next_token" else onnx_int8.by_tensor
     for precision in precisions:
-        proto = _int8(fp32) if precision == "int8" else fp32
+        proto = int8(fp32) if precision == "int8" else fp32
         yield Program(
             format="onnx",
             precision=precision,
@@ -44,13 +39,3 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
             work=onnx_graph.work(proto, model),
             sparse=onnx_function.present(proto),
         )
-
-
-def _int8(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Dynamic range, per output channel. DSA nodes and their function stay as they are."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "int8.onnx"
-        quantize_dynamic(proto, path, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=QUANTIZED)
-        quantized = onnx.load(path)
-    onnx_graph.strip(quantized)
-    return quantized

@@ -1,0 +1,166 @@
+"""
+int8 in ONNX, in standard operators: weights with a scale an output channel, activations quantized while it runs.
+
+`by_tensor` is ONNX Runtime's own dynamic quantization: one scale for all of an activation, which its runtime fuses.
+`by_row` has a scale for each token, and a second byte of each value as rows of their own in the same product. Decoders
+need both: their first token carries values a thousand times those of the others (an attention sink), and within a token
+few channels stand far above the rest, so that one byte loses what the others say.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization.onnx_model import ONNXModel
+
+from . import onnx_graph
+
+QUANTIZED = ["MatMul", "Gemm", "Gather"]  # Gather: the embedding tables, half of a small encoder
+MOST, ZERO = 127, 128  # activations are unsigned around ZERO: what every version of MatMulInteger takes
+FINE = 1 / 254  # a step of the second byte, in steps of the first: what rounding leaves is at most half of one
+SMALLEST = 1e-12  # scale of a row of zeros
+SCALARS: dict[str, np.ndarray] = {
+    "zero": np.array(ZERO, np.uint8),
+    "one": np.array(1, np.float32),
+    "part": np.array(1 / MOST, np.float32),
+    "fine": np.array(FINE, np.float32),
+    "least": np.array(SMALLEST, np.float32),
+    "last": np.array([-1]),
+}
+
+
+def by_tensor(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """DSA nodes and their function stay as they are, here and in `by_row`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "int8.onnx"
+        quantize_dynamic(proto, path, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=QUANTIZED)
+        quantized = onnx.load(path)
+    onnx_graph.strip(quantized)
+    return quantized
+
+
+def by_row(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A table that is also the head's matrix (tied embeddings) stays one."""
+    quantized = onnx.ModelProto()
+    quantized.CopyFrom(proto)
+    ONNXModel(quantized).replace_gemm_with_matmul()
+    _Rows(quantized.graph).rewrite()
+    onnx_graph.strip(quantized)
+    return quantized
+
+
+class _Rows:
+    """A graph while its products and tables are rewritten: what was made once is found again by name."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.graph = graph
+        self.nodes: list[onnx.NodeProto] = []
+        self.floats = {w.name: w for w in graph.initializer if w.data_type == onnx.TensorProto.FLOAT}
+        self.turned = onnx_graph.transposed(graph)
+        self.made: set[str] = set()
+
+    def rewrite(self) -> None:
+        for node in self.graph.node:
+            if node.op_type == "MatMul" and self._matrix(self._source(node.input[1])):
+                self._product(node)
+            elif node.op_type == "Gather" and self._matrix(node.input[0]) and not _axis(node):
+                self._lookup(node)
+            else:
+                self.nodes.append(node)
+        _keep_used(self.graph, self.nodes)
+
+    def _source(self, name: str) -> str:
+        return self.turned.get(name, name)
+
+    def _matrix(self, name: str) -> bool:
+        return name in self.floats and len(self.floats[name].dims) == 2
+
+    def _product(self, node: onnx.NodeProto) -> None:
+        """[..., rows, depth] fp32 and (depth, channels) constant -> [..., rows, channels] fp32, integers between."""
+        (x, weight), out = node.input, node.output[0]
+        source = self._source(weight)
+        values, scales = self._stored(source, channel=0 if source != weight else 1)
+        if source != weight:  # a runtime turns it once, when it opens the file
+            values = self._once(f"{values}/turned", "Transpose", values, perm=[1, 0])
+        both, scale = self._rows(x)
+        whole = self._node(f"{out}/whole", "MatMulInteger", both, values, self._scalar("zero"))
+        whole = self._node(f"{out}/float", "Cast", whole, to=onnx.TensorProto.FLOAT)
+        first, second = f"{out}/first", f"{out}/second"
+        self.nodes.append(helper.make_node("Split", [whole], [first, second], f"{out}/split", axis=-2, num_outputs=2))
+        second = self._node(f"{out}/fine", "Mul", second, self._scalar("fine"))
+        rows = self._node(f"{out}/rows", "Add", first, second)
+        self._node(out, "Mul", self._node(f"{out}/channels", "Mul", rows, scales), scale)
+
+    def _rows(self, x: str) -> tuple[str, str]:
+        """Names of an activation's uint8 values, the first bytes above the second, and of the scale of each row."""
+        one, zero = self._scalar("one"), self._scalar("zero")
+        size = self._once(f"{x}/row/most", "ReduceMax", self._once(f"{x}/row/size", "Abs", x), self._scalar("last"))
+        scale = self._once(f"{x}/row/part", "Mul", size, self._scalar("part"))
+        scale = self._once(f"{x}/row/scale", "Max", scale, self._scalar("least"))
+        steps = self._once(f"{x}/row/steps", "Div", x, scale)
+        first = self._once(f"{x}/row/first", "QuantizeLinear", steps, one, zero)
+        told = self._once(f"{x}/row/told", "DequantizeLinear", first, one, zero)
+        rest = self._once(f"{x}/row/rest", "Sub", steps, told)
+        second = self._once(f"{x}/row/second", "QuantizeLinear", rest, self._scalar("fine"), zero)
+        return self._once(f"{x}/row/both", "Concat", first, second, axis=-2), scale
+
+    def _lookup(self, node: onnx.NodeProto) -> None:
+        """Rows of a table, each with its own scale."""
+        (table, ids), out = node.input, node.output[0]
+        values, scales = self._stored(table, channel=0)
+        found = self._node(f"{out}/int8", "Gather", values, ids)
+        scale = self._node(f"{out}/scale", "Gather", scales, ids)
+        scale = self._node(f"{out}/scales", "Unsqueeze", scale, self._scalar("last"))
+        self._node(out, "Mul", self._node(f"{out}/cast", "Cast", found, to=onnx.TensorProto.FLOAT), scale)
+
+    def _stored(self, name: str, channel: int) -> tuple[str, str]:
+        """Names of a matrix' int8 values and of its scales along the axis `channel`."""
+        values, scales = f"{name}/int8/{channel}", f"{name}/scales/{channel}"
+        if values not in self.made:
+            matrix = numpy_helper.to_array(self.floats[name])
+            found = np.maximum(np.abs(matrix).max(1 - channel, keepdims=True) / np.float32(MOST), np.float32(SMALLEST))
+            self._constant(values, np.rint(matrix / found).astype(np.int8))
+            self._constant(scales, found.reshape(-1))
+        return values, scales
+
+    def _scalar(self, name: str) -> str:
+        return self._constant(f"int8/{name}", SCALARS[name])
+
+    def _constant(self, name: str, value: np.ndarray) -> str:
+        if name not in self.made:
+            self.graph.initializer.append(numpy_helper.from_array(value, name))
+            self.made.add(name)
+        return name
+
+    def _once(self, name: str, operator: str, *inputs: str, **attributes: object) -> str:
+        return name if name in self.made else self._node(name, operator, *inputs, **attributes)
+
+    def _node(self, name: str, operator: str, *inputs: str, **attributes: object) -> str:
+        self.nodes.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
+        self.made.add(name)
+        return name
+
+
+def _axis(gather: onnx.NodeProto) -> int:
+    return next((int(a.i) for a in gather.attribute if a.name == "axis"), 0)
+
+
+def _keep_used(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
+    """The new nodes in place of the old, without the matrices (also transposed ones) that nobody reads any more."""
+    turned = onnx_graph.transposed(graph)
+    read = _read(graph, nodes)
+    nodes = [node for node in nodes if node.output[0] in read or node.output[0] not in turned]
+    read = _read(graph, nodes)
+    weights = [w for w in graph.initializer if w.name in read]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(weights)
+
+
+def _read(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> set[str]:
+    return {name for node in nodes for name in node.input} | {value.name for value in graph.output}
