@@ -14,7 +14,7 @@ from .summary import MISSING, number
 
 __all__ = ["page", "table"]
 
-HEADS = ("format", "precision", "MB", "to fp32 dense", "worst", "to PyTorch", "sparse attention", "kept", "departs at")
+HEADS = ("format", "precision", "MB", "to fp32 dense", "worst", "to PyTorch", "sparse", "kept", "departs at")
 
 
 def table(matrix: Matrix) -> Table:
