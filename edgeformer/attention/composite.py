@@ -87,10 +87,13 @@ def dsa(
     if n_sink:
         keep = torch.maximum(keep, (b.start < n_sink * block_k).to(q.dtype).reshape(1, 1, 1, -1))
     keep = _all_if_short(keep, k_rows, dense_below) * candidate
-    if min_blocks:
+    # With its own block kept, a valid row has one: there is nothing to make up for.
+    own = bool(force_diag) and q_len is kv_len and isinstance(q_offset, int) and not q_offset
+    if min_blocks and not own:
         keep = torch.maximum(keep, _heaviest(mass, candidate, b) * (1 - keep.amax(-1, keepdim=True)))
     out = _attend(q * (scale or dim**-0.5), k, v, keep, a, b, q_offset if causal else None)
-    return (out * _used(keep, a, b, q_offset if causal else None))[:, :, :rows]
+    out = out * (a.valid[:, None, :, None] if own else _used(keep, a, b, q_offset if causal else None))
+    return out if longest else out[:, :, :rows]
 
 
 def _blocks(rows: int, size: int, length: Tensor, longest: int) -> Blocks:
@@ -165,8 +168,7 @@ def _all_if_short(keep: Tensor, rows: int | torch.SymInt, dense_below: int) -> T
 def _mass(z: Tensor, candidate: Tensor) -> Tensor:
     scored = (z > NO_SCORE).to(z.dtype) * candidate
     z = torch.where(scored > 0, z.clamp(max=3e38), torch.full_like(z, -3e38))
-    e = (z - z.amax(-1, keepdim=True)).clamp(min=-80).exp() * scored
-    return e / e.sum(-1, keepdim=True).clamp(min=1e-37)
+    return z.softmax(-1) * scored
 
 
 def _first(keep: Tensor, b: Blocks) -> Tensor:
