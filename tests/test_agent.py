@@ -427,7 +427,9 @@ def test_a_missing_runtime_is_answered_with_what_helps() -> None:
 
     assert says("tensorrt").endswith("(none). It comes with JetPack: sudo apt-get install nvidia-jetpack")
     untrusted = says("executorch", "killed by signal 4")
-    assert untrusted.startswith("the bundle's own library cannot be used here (killed by signal 4), and executorch is not")
+    assert untrusted.startswith(
+        "the bundle's own library cannot be used here (killed by signal 4), and executorch is not"
+    )
     assert untrusted.endswith("Run: pip install 'executorch>=8.2,<8.3'")
 
 

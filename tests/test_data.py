@@ -229,7 +229,9 @@ def test_a_task_the_model_cannot_answer(model: str, task: str, file: Path, reque
 
 
 def test_unknown_tasks_and_tasks_without_labels(classes: Model, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"no task 'ner'; known: classification, cola, lambada, longtech, similarity, squad, sst2"):
+    with pytest.raises(
+        BadInput, match=r"no task 'ner'; known: classification, cola, lambada, longtech, similarity, squad, sst2"
+    ):
         load(classes, None, "ner")
     (tmp_path / "a.npz").write_bytes(b"")
     for unlabelled in (None, ["w3"], tmp_path / "a.npz"):
