@@ -34,7 +34,8 @@ def test_executorch_runs_it(family: str, tmp_path: Path, config_home: Path) -> N
     """The program of a phone, opened by its runtime here; fp32 of one, because both precisions lower the same graph."""
     pytest.importorskip("executorch")
     bundle = ef.build(
-        families.tiny(family), "host", formats=["executorch"], precision=("fp32", "int8") if family == "bert" else "int8",
+        families.tiny(family), "host", formats=["executorch"],
+        precision=("fp32", "int8") if family == "bert" else "int8",
         lengths=None if family == "vit" else (16, 48), out=tmp_path, name=f"tiny-{family}", gate=0.9,
     )  # fmt: skip
     for entry in bundle.manifest.programs:
