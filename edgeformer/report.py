@@ -111,6 +111,7 @@ def to_html(
         _distributions,
         _fidelity,
         _sparse,
+        _spent,
         _resources,
         _compared,
         _places,
@@ -439,6 +440,20 @@ def _sparse(page: Page) -> str:
         heads = ("program", "~run", "kernels", ">calls a run", ">blocks kept", "kept by each layer")
         inside += _table("What the operator's library counted on the device, over all runs", heads, ran)
     return _section("sparse", "Sparse attention", inside) if inside else ""
+
+
+def _spent(page: Page) -> str:
+    """Operators with their share of one run, where it was measured on the device itself."""
+    inside = ""
+    for row in page.by_program():
+        total = sum(spent.ms for spent in row.profile)
+        if row.measured and total:
+            words = f"{clean(row.program, 40)}, run {row.report}: one run of a row of median length, watched"
+            lines = [(clean(x.operator, 60), number(x.ms), f"{100 * x.ms / total:.1f}") for x in row.profile]
+            inside += _table(words, ("operator", ">ms", ">% of the run"), lines)
+    if inside:
+        inside += '<p class="note">Watching costs time: shares are what to read here, not milliseconds.</p>'
+    return _section("spent", "Where the time goes", inside) if inside else ""
 
 
 def _counted(row: Row, did: Native) -> tuple[Cell, ...]:

@@ -25,6 +25,7 @@ from edgeformer_agent.wire import (
     Prediction,
     Report,
     Result,
+    Spent,
     digest as digest_of,
     dump,
 )
@@ -134,6 +135,7 @@ class Row:
     fidelity_from: str  # device | emulator | build machine
     selected: bool
     native: Native | None  # what our operator's library did, where one ran
+    profile: tuple[Spent, ...]  # where one run's time went; empty where nobody said
     flags: tuple[str, ...]
     skipped: str | None  # why it was not run
 
@@ -344,6 +346,7 @@ def _row(
         fidelity_from=_seen_by(report) if on_device else "build machine",
         selected=bool(result and chosen and chosen.program == name),
         native=result.native if result else None,
+        profile=result.profile if result else (),
         flags=_flags(result) if result else (),
         skipped=report.skipped.get(name, "not in this report") if report and not result else None,
     )

@@ -78,7 +78,9 @@ def files(tmp_path_factory: pytest.TempPathFactory, executorch_bundle: Any) -> P
         np.save(folder / f"{case.name}.want", case.expected())
     bundle, model, _ = executorch_bundle
     rows = list(sparse_models.rows(1, LENGTH).values())
-    shutil.copy(next(bundle.path / e.path for e in bundle.manifest.programs if e.precision == "fp32"), folder / "encoder.pte")
+    shutil.copy(
+        next(bundle.path / e.path for e in bundle.manifest.programs if e.precision == "fp32"), folder / "encoder.pte"
+    )
     np.savez(folder / "encoder", *rows)
     np.save(folder / "encoder.want", model.module(*map(torch.from_numpy, rows)).numpy())
     return folder

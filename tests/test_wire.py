@@ -107,6 +107,7 @@ def report() -> wire.Report:
         after=TRAPS,
         flags=("throttled", "evaluation_partial"),
         native=wire.Native(6, "neon", (1.0, 0.5, 0.25)),
+        profile=(wire.Spent("Fully Connected (NC, F32)", 30.5), wire.Spent("größer.out", 1)),
     )
     failed = full._replace(
         program="onnx-fp32",
@@ -118,6 +119,7 @@ def report() -> wire.Report:
         after={},
         flags=(),
         native=None,
+        profile=(),
     )
     made = wire.Report(
         schema=wire.REPORT_SCHEMA,

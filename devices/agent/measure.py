@@ -14,6 +14,8 @@ import numpy as np
 from . import cases, native, power, runners, score, system, timing, wire
 
 GOLDEN_FAILED = "self_check_failed"
+OPERATORS = 12  # the profile names so many, the longest
+REMEDIES = {"tensorrt": "It comes with JetPack: sudo apt-get install nvidia-jetpack"}  # not what pip would install
 Run = Callable[[cases.Row], Any]
 
 
@@ -40,7 +42,7 @@ def measure(folder, manifest, entry, options):
         print("{}: running without {}: {}".format(entry.name, os.path.basename(library), distrust))
         library = None
     held_mb = system.rss_mb()
-    run, version, times = _open(folder, entry, options.threads, library)
+    run, version, times = _open(folder, entry, options.threads, library, distrust)
     golden, first_ms = _golden(folder, manifest, entry, run)
     result = wire.Result(
         program=entry.name,
@@ -66,19 +68,15 @@ def measure(folder, manifest, entry, options):
     return _steady(folder, manifest, run, options, result, held_mb, journal)
 
 
-def _open(folder, entry, threads, library):
-    # type: (str, wire.Entry, int, Optional[str]) -> Tuple[Run, str, Tuple[float, float]]
-    """The program, its runtime's version, and the ms that importing and loading took."""
+def _open(folder, entry, threads, library, distrust):
+    # type: (str, wire.Entry, int, Optional[str], Optional[str]) -> Tuple[Run, str, Tuple[float, float]]
+    """The program, its runtime's version, and the ms that importing and loading took. `distrust`: of its library."""
     start = time.perf_counter()
     try:
         runner = runners.load(entry.format)
         version = runner.version(library)
     except ImportError as error:
-        raise Unavailable(
-            "{} is not installed ({}). Run: pip install '{}>={},<{}'".format(
-                entry.runtime.package, error, entry.runtime.package, entry.runtime.minimum, entry.runtime.below
-            )
-        )
+        raise Unavailable(_missing(entry, error, distrust))
     if not _within(version, entry.runtime):
         raise Unavailable(
             "{} {} is installed, the program needs >={},<{}".format(
@@ -88,6 +86,14 @@ def _open(folder, entry, threads, library):
     imported = time.perf_counter()
     run = runner.load(os.path.join(folder, entry.path), entry, threads, library)
     return run, version, (1e3 * (imported - start), 1e3 * (time.perf_counter() - imported))
+
+
+def _missing(entry, error, distrust):
+    # type: (wire.Entry, ImportError, Optional[str]) -> str
+    package, minimum, below = entry.runtime
+    remedy = REMEDIES.get(package, "Run: pip install '{}>={},<{}'".format(package, minimum, below))
+    why = "{} is not installed ({}). {}".format(package, error, remedy)
+    return "the bundle's own library cannot be used here ({}), and {}".format(distrust, why) if distrust else why
 
 
 def _within(version, runtime):
@@ -140,7 +146,23 @@ def _steady(folder, manifest, run, options, result, held_mb, journal):
         after=after,
         flags=result.flags + flags + system.flags(before, after) + doubts + partial,
         native=journal.native() if journal else None,
+        profile=_profile(run, rows),
     )
+
+
+def _profile(run, rows):
+    # type: (Run, List[cases.Row]) -> Tuple[wire.Spent, ...]
+    """Of the row of median length, after everything else: watching costs time. Nothing measured is lost if it fails."""
+    if not hasattr(run, "profiled"):
+        return ()
+    try:
+        times = run.profiled(sorted(rows, key=cases.length)[len(rows) // 2])
+    except Exception as error:
+        print("no profile: {}: {}".format(type(error).__name__, error))
+        return ()
+    spent = [wire.Spent(name, ms) for name, ms in times[:OPERATORS]]
+    rest = sum(ms for _, ms in times[OPERATORS:])
+    return tuple(spent + ([wire.Spent("the rest", rest)] if rest else []))
 
 
 def _picked(groups, most):

@@ -236,6 +236,13 @@ class Native(NamedTuple):
     kept: Tuple[float, ...]  # share of the candidate blocks that were kept, a layer
 
 
+class Spent(NamedTuple):
+    """What one operator took of one run, summed over its calls."""
+
+    operator: str
+    ms: float
+
+
 class Result(NamedTuple):
     """What one program did on the device."""
 
@@ -256,6 +263,7 @@ class Result(NamedTuple):
     after: Dict[str, Any]
     flags: Tuple[str, ...]
     native: Optional[Native] = None  # None where no library of ours ran
+    profile: Tuple[Spent, ...] = ()  # longest first, of a run of its own; empty where the runtime does not tell
 
     def metrics(self):
         # type: () -> Metrics

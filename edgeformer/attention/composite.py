@@ -87,10 +87,13 @@ def dsa(
     if n_sink:
         keep = torch.maximum(keep, (b.start < n_sink * block_k).to(q.dtype).reshape(1, 1, 1, -1))
     keep = _all_if_short(keep, k_rows, dense_below) * candidate
-    if min_blocks:
+    # With its own block kept, a valid row has one: there is nothing to make up for.
+    own = bool(force_diag) and q_len is kv_len and isinstance(q_offset, int) and not q_offset
+    if min_blocks and not own:
         keep = torch.maximum(keep, _heaviest(mass, candidate, b) * (1 - keep.amax(-1, keepdim=True)))
     out = _attend(q * (scale or dim**-0.5), k, v, keep, a, b, q_offset if causal else None)
-    return (out * _used(keep, a, b, q_offset if causal else None))[:, :, :rows]
+    out = out * (a.valid[:, None, :, None] if own else _used(keep, a, b, q_offset if causal else None))
+    return out if longest else out[:, :, :rows]
 
 
 def _blocks(rows: int, size: int, length: Tensor, longest: int) -> Blocks:
@@ -108,7 +111,7 @@ def _clean(x: Tensor, blocks: Blocks) -> Tensor:
     """Whole blocks where blocks are whole; padding, which may hold anything, is 0."""
     if blocks.of is None:
         x = pad(x, (0, 0, 0, blocks.number * blocks.size - x.shape[2]))
-    valid = blocks.valid[:, None, :, None]
+    valid = blocks.valid[:, None, :, None].expand(x.shape)  # one for all layers, where a runtime broadcasts slowly
     return torch.where(valid > 0, x, torch.zeros_like(x))
 
 
@@ -125,7 +128,8 @@ def _pooled(x: Tensor, blocks: Blocks) -> Tensor:
     if blocks.of is None:
         total = x.reshape(batch, heads, blocks.number, blocks.size, dim).sum(3)
     else:
-        total = (blocks.of == torch.arange(blocks.number, dtype=torch.int32)[:, None]).to(x.dtype) @ x
+        inside = (blocks.of == torch.arange(blocks.number, dtype=torch.int32)[:, None]).to(x.dtype)
+        total = _product(inside.expand(batch, heads, -1, -1), x)
     return total / blocks.rows.clamp(min=1).reshape(batch, 1, blocks.number, 1)
 
 
@@ -147,7 +151,7 @@ def _scores(zq: Tensor, zk: Tensor, dist_bias: Tensor, sink_bias: Tensor, a: Blo
     at = ((j[None] - here[:, None]).clamp(-reach, reach) + reach).to(torch.int32).reshape(-1)
     sink = pad(sink_bias, (0, b.number))[:, : b.number]
     distance = dist_bias.index_select(1, at).reshape(1, -1, a.number, b.number)
-    return zq @ zk.transpose(-1, -2) + distance + sink[None, :, None]
+    return _product(zq, zk.transpose(-1, -2)) + distance + sink[None, :, None]
 
 
 def _all_if_short(keep: Tensor, rows: int | torch.SymInt, dense_below: int) -> Tensor:
@@ -165,8 +169,7 @@ def _all_if_short(keep: Tensor, rows: int | torch.SymInt, dense_below: int) -> T
 def _mass(z: Tensor, candidate: Tensor) -> Tensor:
     scored = (z > NO_SCORE).to(z.dtype) * candidate
     z = torch.where(scored > 0, z.clamp(max=3e38), torch.full_like(z, -3e38))
-    e = (z - z.amax(-1, keepdim=True)).clamp(min=-80).exp() * scored
-    return e / e.sum(-1, keepdim=True).clamp(min=1e-37)
+    return z.softmax(-1) * scored
 
 
 def _first(keep: Tensor, b: Blocks) -> Tensor:
@@ -199,18 +202,26 @@ def _of_tokens(x: Tensor, a: Blocks) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, a: Blocks, b: Blocks, offset: int | None) -> Tensor:
     """`offset` is the position of row 0 in a causal attention."""
-    logits = _logits(q @ k.transpose(-1, -2), (1 - keep) * OUT, a, b) + ((1 - b.valid) * OUT)[:, None, None]
+    outside = ((1 - b.valid) * OUT)[:, None, None]
+    logits = _logits(_product(q, k.transpose(-1, -2)), (1 - keep) * OUT, outside, a, b)
     if offset is not None:
         future = torch.arange(k.shape[2])[None] > torch.arange(q.shape[2])[:, None] + offset
         logits = logits + torch.where(future, OUT, 0.0)
-    return logits.softmax(-1) @ v
+    return _product(logits.softmax(-1), v)
 
 
-def _logits(logits: Tensor, bias: Tensor, a: Blocks, b: Blocks) -> Tensor:
-    """Adds each block's bias to its tokens' logits; to whole blocks, in five axes."""
-    if a.of is not None and b.of is not None:
-        return logits + bias.index_select(2, a.of).index_select(3, b.of)
+def _logits(logits: Tensor, bias: Tensor, outside: Tensor, a: Blocks, b: Blocks) -> Tensor:
+    """Adds each block's bias to its tokens' logits (to whole blocks in five axes), and that of keys in the padding."""
+    if a.of is not None and b.of is not None:  # whole rows are copied last, and nothing of that size is broadcast
+        return logits + (bias.index_select(3, b.of) + outside).index_select(2, a.of)
     batch, heads, rows, keys = logits.shape
     all_ = batch * heads
     parts = logits.reshape(all_, a.number, a.size, b.number, b.size) + bias.reshape(all_, a.number, 1, b.number, 1)
-    return parts.reshape(batch, heads, rows, keys)
+    return parts.reshape(batch, heads, rows, keys) + outside
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """(batch, heads, n, m) @ (batch, heads, m, p), without the copies of its operands that `matmul` exports."""
+    batch, heads, n, m = a.shape
+    p = b.shape[3]
+    return torch.bmm(a.reshape(batch * heads, n, m), b.reshape(batch * heads, m, p)).reshape(batch, heads, n, p)

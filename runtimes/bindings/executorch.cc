@@ -1,6 +1,7 @@
 // ExecuTorch kernel edgeformer::dsa.out, for ExecuTorch 1.x. Loading this library registers it, before a method is
 // loaded; a process may load it once. Needs the headers and libexecutorch of the runtime it is loaded into.
 #include <executorch/extension/kernel_util/make_boxed_from_unboxed_functor.h>
+#include <executorch/runtime/core/event_tracer_hooks.h>
 #include <executorch/runtime/kernel/kernel_includes.h>
 #include <executorch/runtime/kernel/thread_parallel_interface.h>
 
@@ -50,6 +51,8 @@ Tensor &dsa_out(KernelRuntimeContext &context, const Tensor &q, const Tensor &k,
                 int64_t min_blocks, int64_t max_blocks, int64_t force_diag, int64_t n_sink, int64_t causal,
                 int64_t q_offset, int64_t select_per_kv, int64_t dense_below, int64_t compute_as, double scale,
                 Tensor &out) {
+    // Generated wrappers of the runtime's own kernels do this; a profile would miss ours.
+    executorch::runtime::internal::EventTracerProfileOpScope watched(context.internal_event_tracer(), "native_call_edgeformer::dsa.out");
     view in[OPERANDS];
     memset(in, 0, sizeof in);
     const char *why = NULL;
