@@ -160,6 +160,15 @@ def test_from_a_bundle(bundle: ef.Bundle) -> None:
         ef.generate(bundle, [])
 
 
+def test_what_does_not_fit_is_refused_before_it_runs(bundle: ef.Bundle) -> None:
+    """The bundle is built for 128 tokens; the last new token is never an input."""
+    assert len(ef.generate(bundle, PROMPT, max_new_tokens=29, stop=()).tokens) == 29
+    with pytest.raises(BadInput, match="100 tokens and 30 new ones .* onnx-fp32 takes 128 tokens; use at most 29 new"):
+        ef.generate(bundle, PROMPT, max_new_tokens=30)
+    with pytest.raises(BadInput, match="use a shorter prompt"):
+        ef.generate(bundle, [5] * 129, max_new_tokens=1)
+
+
 def test_the_command(bundle: ef.Bundle) -> None:
     command = [sys.executable, "-m", "edgeformer", "generate", str(bundle.path), "w3 w4", "--max-new-tokens", "3"]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)

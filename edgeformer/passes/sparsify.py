@@ -70,9 +70,9 @@ def dsa(
 
     def run(model: Model) -> Model:
         longest = min(length or model.max_length, model.max_length or length)
-        given = _inputs(model, rows, longest, block)
         module = copy.deepcopy(model.module)
-        config = _with_sink(base, module)
+        config = _with_sink(base, module)  # before the rows: no longer text helps a model that cannot be sparse
+        given = _inputs(model, rows, longest, block)
         stats = scorer.collect(module, given, config, progress, 0 if model.lengths else length)
         trained = scorer.train(stats, recipe, checkpoint=checkpoint, progress=progress)
         found = scorer.calibrate(stats, trained.parameters, budget, per_head=per_head)
