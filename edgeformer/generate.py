@@ -51,6 +51,7 @@ def generate(
     bundle.verify(tuple(signing.trusted().values()) if keys is None else tuple(keys))
     tokenizer = _tokenizer(bundle)
     ids = _ids(tokenizer, prompt)
+    _fits(entry, len(ids), max_new_tokens)
     if stop is None:
         end = getattr(tokenizer, "eos_token_id", None)
         stop = () if end is None else (end,)
@@ -103,6 +104,17 @@ def _ids(tokenizer: Any, prompt: str | Sequence[int]) -> list[int]:
     if not ids:
         raise BadInput("an empty prompt has nothing to go on from")
     return ids
+
+
+def _fits(entry: wire.Entry, prompt: int, further: int) -> None:
+    longest = decoding.longest(entry)
+    if prompt + further - 1 > longest:  # nothing follows the last one
+        most = longest + 1 - prompt
+        what = f"at most {most} new tokens" if most > 0 else "a shorter prompt"
+        raise BadInput(
+            f"a prompt of {prompt} tokens and {further} new ones do not fit: {entry.name} takes {longest} tokens; use "
+            f"{what}, or build with longer lengths"
+        )
 
 
 def _open(bundle: Bundle, entry: wire.Entry, threads: int) -> Any:

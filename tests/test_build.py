@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import families
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -197,6 +198,13 @@ def test_short_rows_stay_dense_and_the_manifest_says_why(tmp_path: Path, config_
     )
     with pytest.raises(BadInput, match="dense, dsa"):
         build(tmp_path / "x", attention="sparse")
+
+
+def test_sparse_attention_is_refused_where_it_would_be_wrong(tmp_path: Path, config_home: Path) -> None:
+    made = {"formats": ["onnx"], "lengths": (64,), "out": tmp_path, "name": "biased"}
+    with pytest.raises(BadInput, match=r"MPNetModel adds a learned relative position bias .* Leave this model dense"):
+        ef.build(families.tiny("mpnet"), "host", attention="dsa", **made)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -139,10 +139,25 @@ def test_sparse_tokens_with_the_library_and_without(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_executorch_gives_the_tokens_of_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_executorch_gives_the_tokens_of_transformers(attention: str, tmp_path: Path) -> None:
+    """Sparse, in a runtime without our operator: by the methods in standard operators."""
     pytest.importorskip("executorch")
-    run, entry = opened(load(families.tiny("llama"), name="tiny", lengths=(160,)), "executorch", tmp_path)
-    assert decoding.greedy(run, entry, PROMPT, NEW) == theirs(families.tiny("llama"), PROMPT)
+    whole = families.tiny("llama")
+    model = load(whole, name="tiny", lengths=(160,))
+    if attention == "sparse":
+        sparse(model.module)
+        sparse(whole)
+    run, entry = opened(model, "executorch", tmp_path)
+    methods = _methods(tmp_path / entry.path)
+    assert ("standard_next" in methods) == (attention == "sparse") and "forward_next" in methods
+    assert decoding.greedy(run, entry, PROMPT, NEW) == theirs(whole, PROMPT)
+
+
+def _methods(path: Path) -> set[str]:
+    from executorch.runtime import Runtime
+
+    return set(Runtime.get().load_program(path).method_names)
 
 
 def test_from_a_bundle(bundle: ef.Bundle) -> None:
@@ -158,6 +173,15 @@ def test_from_a_bundle(bundle: ef.Bundle) -> None:
         ef.generate(bundle, text, program="onnx-int8")
     with pytest.raises(BadInput, match="an empty prompt"):
         ef.generate(bundle, [])
+
+
+def test_what_does_not_fit_is_refused_before_it_runs(bundle: ef.Bundle) -> None:
+    """The bundle is built for 128 tokens; the last new token is never an input."""
+    assert len(ef.generate(bundle, PROMPT, max_new_tokens=29, stop=()).tokens) == 29
+    with pytest.raises(BadInput, match=r"100 tokens and 30 new ones .* onnx-fp32 takes 128 tokens; use at most 29 new"):
+        ef.generate(bundle, PROMPT, max_new_tokens=30)
+    with pytest.raises(BadInput, match="use a shorter prompt"):
+        ef.generate(bundle, [5] * 129, max_new_tokens=1)
 
 
 def test_the_command(bundle: ef.Bundle) -> None:

@@ -19,6 +19,12 @@ def generates(entry):
     return any(tensor.name == PAST for tensor in entry.inputs)
 
 
+def longest(entry):
+    # type: (wire.Entry) -> int
+    """How many tokens the program takes, those before included: its work is counted up to there."""
+    return max(work.length for work in entry.work)
+
+
 def greedy(run, entry, prompt, most, stop=(), on_token=None):
     # type: (Any, wire.Entry, Sequence[int], int, Sequence[int], Any) -> List[int]
     """

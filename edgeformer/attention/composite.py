@@ -148,9 +148,10 @@ def _scores(zq: Tensor, zk: Tensor, dist_bias: Tensor, sink_bias: Tensor, a: Blo
     reach = dist_bias.shape[1] // 2
     here = torch.floor((a.start + (offset + 0.5)) / b.size)  # floats: an integer division becomes ten operators
     j = torch.arange(b.number, dtype=torch.float32)
-    at = ((j[None] - here[:, None]).clamp(-reach, reach) + reach).to(torch.int32).reshape(-1)
+    at = ((j[None] - here[:, None]).clamp(-reach, reach) + reach).to(torch.int32)
     sink = pad(sink_bias, (0, b.number))[:, : b.number]
-    distance = dist_bias.index_select(1, at).reshape(1, -1, a.number, b.number)
+    # Not a flat list of a.number * b.number places: folded back, its sizes have bounds that ExecuTorch plans too small.
+    distance = torch.nn.functional.embedding(at, dist_bias.T).permute(2, 0, 1)[None]
     return _product(zq, zk.transpose(-1, -2)) + distance + sink[None, :, None]
 
 

@@ -135,8 +135,10 @@ def train(
     progress: scorer.Progress = scorer.quiet,
 ) -> Scorers:
     """The first half of `dsa`, with its parameters; for several calls of it on one model."""
+    config = _with_sink(
+        Config(block_q=block, block_k=block), model.module
+    )  # first: no text helps what cannot be sparse
     given = _inputs(model, rows, min(length or model.max_length, model.max_length or length), block)
-    config = _with_sink(Config(block_q=block, block_k=block), model.module)
     stats = scorer.collect(model.module, given[:MOST_ROWS], config, progress, 0 if model.lengths else length)
     return Scorers(given, stats, scorer.train(stats, recipe, checkpoint=checkpoint, progress=progress))
 
