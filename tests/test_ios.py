@@ -16,7 +16,7 @@ SOURCES = ROOT / "devices" / "ios" / "Sources" / "EdgeformerAgent"
 NAMES = {str: "String", int: "Int", float: "Double", bool: "Bool", Any: "JSON"}
 RECORDS = [
     "Tensor", "Work", "Metrics", "Prediction", "Fidelity", "Runtime", "Needs", "Entry", "Task", "Gate", "Step", "Cases",
-    "File", "Manifest", "Signature", "Latency", "Memory", "Energy", "Golden", "Native", "Result", "Report",
+    "File", "Manifest", "Signature", "Latency", "Memory", "Energy", "Golden", "Native", "Spent", "Result", "Report",
 ]  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def swift_type(kind: Any) -> str:
 def structs(text: str) -> dict[str, list[tuple[str, str]]]:
     """Name -> its stored properties in order."""
     found = re.findall(r"public struct (\w+): Codable \{\n(.*?)\n\}", text, re.S)
-    return {name: re.findall(r"public var (\w+): (\S.*)", body) for name, body in found}
+    return {name: re.findall(r"public var `?(\w+)`?: (\S.*)", body) for name, body in found}
 
 
 def breaches(text: str) -> list[str]:

@@ -62,7 +62,7 @@ def cosine(a: Any, b: Any) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ("bert", "llama"))  # the others: test_families.py
+@pytest.mark.parametrize("family", ("bert",))  # the others: test_families.py
 def test_a_family_is_written_passes_and_agrees(family: str, tmp_path: Path) -> None:
     module = llama() if family == "llama" else families.tiny(family)
     model = models.load(module, name=family, lengths=None if family == "vit" else (48,))

@@ -135,9 +135,8 @@ def train(
     progress: scorer.Progress = scorer.quiet,
 ) -> Scorers:
     """The first half of `dsa`, with its parameters; for several calls of it on one model."""
-    config = _with_sink(
-        Config(block_q=block, block_k=block), model.module
-    )  # first: no text helps what cannot be sparse
+    # Before the rows are looked at: no longer text helps a model that cannot be sparse.
+    config = _with_sink(Config(block_q=block, block_k=block), model.module)
     given = _inputs(model, rows, min(length or model.max_length, model.max_length or length), block)
     stats = scorer.collect(model.module, given[:MOST_ROWS], config, progress, 0 if model.lengths else length)
     return Scorers(given, stats, scorer.train(stats, recipe, checkpoint=checkpoint, progress=progress))

@@ -68,7 +68,7 @@ public final class Agent {
             golden: Golden(rows: outputs.count, worst: worst, floor: entry.golden_similarity, passed: passed),
             latency: latency, memory: Memory(peak_rss_mb: peak, growth_mb: max(peak - held, 0), pss_mb: nil),
             energy: nil, fidelity: nil, before: before, after: Phone.snapshot(),
-            flags: passed ? [] : ["self_check_failed"], native: nil)
+            flags: passed ? [] : ["self_check_failed"], native: nil, profile: [])
     }
 
     /// Whole passes over the rows, in their order, until both minima are reached.

@@ -174,6 +174,11 @@ public struct Native: Codable {
     public var kept: [Double]
 }
 
+public struct Spent: Codable {
+    public var `operator`: String
+    public var ms: Double
+}
+
 public struct Result: Codable {
     public var program: String
     public var format: String
@@ -192,6 +197,7 @@ public struct Result: Codable {
     public var after: [String: JSON]
     public var flags: [String]
     public var native: Native?
+    public var profile: [Spent]
 }
 
 public struct Report: Codable {
