@@ -103,15 +103,17 @@ def build(
     report = progress or (lambda _what, _done, _total: None)
     menu = _menu(recipe, limits, train, target)
     planned = plans(target, formats, precision or (menu.precision if menu else None) or None)
+    if limits is not None:  # they are met by one program: the first of what was asked for
+        planned = (planned[0].first(),)
     if attention not in ATTENTION:
         raise BadInput(f"attention {attention!r} must be one of {', '.join(ATTENTION)}")
     expiry = _expiry(expires)
 
     from . import check, data as rows_of, model as models  # torch from here on
-    from .order import Order, served
+    from .order import Order, hold, served
     from .workshop import Workshop
 
-    limit = check.gate(gate)
+    limit = check.gate(_allowed(gate, limits))
     report("load the model", 0, 1)
     if not isinstance(model, models.Model):
         model = models.load(model, name=name, example=example, lengths=tuple(lengths) if lengths else None)
@@ -135,6 +137,8 @@ def build(
     for plan in planned:
         fitted = shop.fitted(model, plan, attention, budget)
         built = shop.programs(fitted, plan)
+        if limits is not None:
+            hold(limits, built[0].entry)
         manifest = _manifest(fitted, plan.device.name, built, rows, limit, expiry)
         made.append((manifest, _contents(fitted, built, rows, wanted)))
     report("package and sign", 0, len(made))
@@ -144,6 +148,13 @@ def build(
         bundles.append(_write(folder, manifest, contents, signer, version, overwrite))
         report("package and sign", len(bundles), len(made))
     return bundles[0] if isinstance(target, str) else tuple(bundles)
+
+
+def _allowed(gate: wire.Gate | float | None, limits: Limits | None) -> wire.Gate | float | None:
+    """What may be lost is also the gate, unless the caller has one."""
+    if gate is not None or limits is None or limits.max_drop is None:
+        return gate
+    return max(0.0, 1 - limits.max_drop)
 
 
 def _menu(recipe: RecipeSource | None, limits: Limits | None, train: object, target: str | Targets) -> Recipe | None:

@@ -9,11 +9,11 @@ from pathlib import Path
 from edgeformer_agent import wire
 
 from . import data as rows_of
-from .errors import BadInput
+from .errors import BadInput, BudgetMissed
 from .model import Model
 from .plan import Plan
 from .recipe import Recipe, cook, ranges
-from .search import Limits, Progress, Real, kitchen, search
+from .search import Limits, Progress, Real, drop, kitchen, search
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,14 @@ def served(
     model = cook(recipe, kitchen(teacher, order.data, order.train, order.task, order.folder, order.report), model)
     chosen = attention if attention != "auto" else recipe.attention
     return _told(model, recipe, order.limits, found), chosen, recipe.budget if recipe.attention == "dsa" else budget
+
+
+def hold(limits: Limits, entry: wire.Entry) -> None:
+    """The program that is shipped must meet what the search's did. Raises BudgetMissed."""
+    found = (entry.predicted.metrics.latency_ms or 0.0, entry.size_bytes / 2**20, drop(entry.checked))
+    if not limits.met(*found):
+        words = "{:.4g} ms (modelled), {:.3g} MB, {:.3%} lost".format(*found)
+        raise BudgetMissed(f"{entry.name} misses its limits ({limits}): {words}; nothing was packaged")
 
 
 def _told(model: Model, recipe: Recipe, limits: Limits | None, found: Real | None) -> Model:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 from . import device as devices, formats as registry
@@ -44,6 +44,11 @@ class Plan:
         """The same for all of its formats: one model goes into them."""
         rules = {export.rule for export in self.exports}
         return rules.pop() if len(rules) == 1 else THRESHOLD
+
+    def first(self) -> Plan:
+        """One program only: the first format in its first precision."""
+        export = self.exports[0]
+        return replace(self, exports=(replace(export, precisions=export.precisions[:1]),))
 
 
 def plans(

@@ -169,7 +169,7 @@ def search(
     report = progress or (lambda _what, _done, _total: None)
     found = load(space) if not isinstance(space, Recipe) else space
     (plan,) = plans(target, [format] if format else None, precision or (found.precision or None))
-    plan = replace(plan, exports=(replace(plan.exports[0], precisions=plan.exports[0].precisions[:1]),))
+    plan = plan.first()
     if not isinstance(model, Model):
         model = models.load(model)
     rows = rows_of.load(model, data, task)

@@ -126,7 +126,7 @@ def test_a_closed_recipe_has_nothing_to_search(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_build_meets_limits_or_says_why_not(tmp_path: Path, config_home: Path) -> None:
-    wanted = {"data": TEXTS, "recipe": SPACE, "trials": 4, "formats": ["onnx"], "out": tmp_path, "gate": 0.1}
+    wanted = {"data": TEXTS, "recipe": SPACE, "trials": 4, "formats": ["onnx"], "out": tmp_path}
     bundle = ef.build(tiny(), "host", limits=Limits(max_drop=0.9), **wanted)  # type: ignore[call-overload]
     bundle.verify()
     told = next(step.facts for step in bundle.manifest.history if step.name == "recipe")
