@@ -84,8 +84,8 @@ def build(
 ) -> Bundle | tuple[Bundle, ...]:
     """
     Optimizes, exports, checks, packages and signs `model` for `target`; the bundle is the folder `out`/NAME-TARGET.
-    With several targets it gives a bundle each: what they share is exported and checked once, and either all are
-    written or none.
+    With several targets it gives a bundle each: what they share is exported and checked once, and nothing is written
+    before all have passed.
 
     model: a Hugging Face folder, a hub id, a `transformers` model, a `Model`, or a module with `example` inputs.
     data, task: what the programs are checked with, see `edgeformer.data.load`; sample texts by default.

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optuna
 import torch
 
 from edgeformer_agent import cases, runners, wire
@@ -29,12 +28,17 @@ from edgeformer_agent import cases, runners, wire
 from . import check, data as rows_of, model as models, predict
 from .attention import swap
 from .device import Device
-from .errors import BadInput, BudgetMissed, EdgeformerError
+from .errors import BadInput, BudgetMissed, EdgeformerError, MissingExtra
 from .model import Model
 from .plan import Export, plans
 from .program import Program
 from .recipe import Kitchen, Recipe, closed, cook, dump, load, ranges
 from .workshop import described
+
+try:
+    import optuna
+except ImportError:  # limits and recipes need none of it; a search says what to install
+    optuna = None  # type: ignore[assignment]
 
 __all__ = ["Limits", "Outcome", "Point", "Proxy", "Real", "kitchen", "search"]
 
@@ -167,6 +171,8 @@ def search(
     format, precision: of the target's; its first by default. Raises BadInput, GateFailed never: what fails is a point.
     """
     report = progress or (lambda _what, _done, _total: None)
+    if optuna is None:
+        raise MissingExtra("search", "optuna")
     found = load(space) if not isinstance(space, Recipe) else space
     (plan,) = plans(target, [format] if format else None, precision or (found.precision or None))
     plan = plan.first()

@@ -20,7 +20,7 @@ pytest.importorskip("onnxruntime")
 
 import edgeformer as ef
 from edgeformer import frontier, model as models, search as searching
-from edgeformer.errors import BadInput, BudgetMissed
+from edgeformer.errors import BadInput, BudgetMissed, MissingExtra
 from edgeformer.recipe import Range, Recipe, Step
 from edgeformer.search import Limits, Outcome, Proxy, search
 
@@ -136,3 +136,10 @@ def test_build_meets_limits_or_says_why_not(tmp_path: Path, config_home: Path) -
     assert ef.open_bundle(bundle.path).digest == bundle.digest
     with pytest.raises(BadInput, match="limits go with one target"):
         ef.build(tiny(), ["host", "raspberry-pi-4"], limits=Limits(max_drop=0.9))  # type: ignore[call-overload]
+
+
+def test_a_search_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(searching, "optuna", None)
+    with pytest.raises(MissingExtra, match=r"optuna is not installed. Run: pip install 'edgeformer\[search\]'"):
+        search(tiny(), "host", Limits(), data=TEXTS, space=SPACE, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
