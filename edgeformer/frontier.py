@@ -28,10 +28,14 @@ def table(outcome: Outcome) -> Table:
 def page(outcome: Outcome) -> str:
     """One HTML page: the frontier as pictures, the programs, every trial."""
     head = f'<header><p class="kicker">edgeformer search</p><h1>{text(outcome.model)}</h1>'
-    head += f'<p class="lead">{text(_title(outcome))}. {text(_caption(outcome))}</p></header>'
+    head += f'<p class="lead">{text(_title(outcome), 400)}. {text(_caption(outcome), 400)}</p></header>'
     real = [(str(p.trial), p.real) for p in outcome.points if p.real]
     body = head + section("frontier", "Frontier", _pictures(outcome, real))
-    body += section("programs", "Programs built and measured", html_table("Best in bold", HEADS, _lines(outcome)))
+    body += section(
+        "programs",
+        "Programs built and measured",
+        html_table("best: the fastest that meets all limits", HEADS, _lines(outcome)),
+    )
     trials = [(str(p.trial), _settings(p), *_figures(p.proxy.latency_ms, p.proxy.size_mb, p.proxy.drop))
               for p in outcome.points]  # fmt: skip
     words = "Cheap figures in PyTorch on a part of the rows; they choose what is built, and nothing else"
@@ -58,7 +62,11 @@ def _caption(outcome: Outcome) -> str:
 def _lines(outcome: Outcome) -> list[tuple[str, ...]]:
     made = [_line("unchanged", "", outcome.baseline, outcome.limits)]
     ran = sorted((p for p in outcome.points if p.real), key=lambda p: p.real.latency_ms if p.real else 0.0)
-    return made + [_line(str(p.trial), _settings(p), p.real, outcome.limits) for p in ran if p.real]
+    for point in ran:
+        if point.real:
+            line = _line(str(point.trial), _settings(point), point.real, outcome.limits)
+            made.append((*line[:-1], "best") if point is outcome.best else line)
+    return made
 
 
 def _line(trial: str, settings: str, real: Real, limits: Limits) -> tuple[str, ...]:

@@ -53,7 +53,8 @@ def test_the_best_is_a_program_that_was_run(outcome: Outcome) -> None:
     assert outcome.recipe.steps[0].settings["keep"] == best.settings["0.keep"]
     console = Console(width=140, record=True)
     console.print(frontier.table(outcome))
-    assert "unchanged" in console.export_text() and "<svg" in frontier.page(outcome)
+    shown, page = console.export_text(), frontier.page(outcome)
+    assert "unchanged" in shown and " best " in shown and "<td>best</td>" in page and "interleaved" in page
     assert json.loads(outcome.to_json())["points"][0]["proxy"]["latency_ms"] > 0
 
 

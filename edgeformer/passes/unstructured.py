@@ -4,8 +4,8 @@ Zeros among the weights, one shot: single weights or a pattern of N in M stay in
     build(model, target, passes=[unstructured.weights(texts, share=0.5)])
     build(model, target, passes=[unstructured.weights(texts, pattern=(2, 4))])
 
-This makes a program smaller to send (zeros compress), not faster: ONNX Runtime and LiteRT compute their int8 products
-densely, zeros included (`tools/bench/prune.py --unstructured` measures both). Structured pruning is what buys time.
+This makes a program smaller to send (zeros compress). No speed is expected: ONNX Runtime and LiteRT have no sparse int8
+product here; `tools/bench/prune.py --unstructured` measures both. Structured pruning is what buys time.
 
 Second order by default, as SparseGPT does (Frantar and Alistarh 2023): columns of a linear layer are decided from the
 first to the last, by weight and inverse Hessian of the layer's inputs, and each error is spread over the columns still
