@@ -44,6 +44,8 @@ try:
     for n in lengths:
         row = {"input_ids": np.arange(n), "attention_mask": np.ones(n)}
         said["outputs"].append(run(row).tolist())
+    if hasattr(run, "counters"):
+        said["counted"] = run.counters()
 except Exception as error:
     said["error"] = type(error).__name__ + ": " + str(error)
 print(json.dumps(said))
@@ -133,7 +135,10 @@ def test_compiled_and_built_once_then_kept(jetpack: Path, tmp_path: Path) -> Non
 def test_sparse_attention_takes_the_plugin(jetpack: Path, tmp_path: Path) -> None:
     folder, cache = program(tmp_path / "program"), tmp_path / "cache"
     said, errors = on_device(jetpack, folder, cache)
-    assert said == {"version": "8.2.1", "outputs": [[3.0, 3.0]]} and "standard operators" not in errors
+    counted = ["cuda", 1, [[1, 1]]]  # kernels, calls, kept of how many blocks
+    assert (
+        said == {"version": "8.2.1", "outputs": [[3.0, 3.0]], "counted": counted} and "standard operators" not in errors
+    )
     (engine,) = kept(cache, ".engine")
     lines = engine.read_text().splitlines()
     assert lines[0].endswith("plugin") and "exact other" in lines and "exact sum" not in lines
