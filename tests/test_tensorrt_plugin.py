@@ -81,7 +81,7 @@ def call(library: ctypes.CDLL, function: str, config: ref.Config, tensors: list[
 
 
 def tensors_of(name: str, dtype: Any) -> tuple[ref.Config, list[Any]]:
-    config, qkv, scorer, given = vectors.operands(CASES[name])
+    config, qkv, scorer, given, _ = vectors.operands(CASES[name])
     batch, rows, keys = qkv[0].shape[0], qkv[0].shape[2], qkv[1].shape[2]
     lengths = [
         np.ascontiguousarray(ref.lengths(x, batch, full), np.int32) for x, full in zip(given, (rows, keys), strict=True)
