@@ -25,6 +25,7 @@ from .reference import THRESHOLD, TOP_K, Config
 MASKED = -30000.0  # fp16 holds two of it
 BUCKETS = 3
 CAUSAL = "this form has no causal mask"
+BIASED = "this form has no position bias"
 Tensor = torch.Tensor
 
 
@@ -35,11 +36,13 @@ class Bucket(NamedTuple):
     width: int
 
 
-def form(scorer: Scorer, length: int, causal: bool) -> torch.nn.Module | str:
+def form(scorer: Scorer, length: int, causal: bool, biased: bool = False) -> torch.nn.Module | str:
     """What computes this layer at this length, or why that is dense attention: less work, or all there is."""
     config = scorer.config
     if causal or config.causal:
         return CAUSAL
+    if biased:
+        return BIASED
     if length <= config.dense_below:
         return f"rows of up to {config.dense_below} tokens are dense"
     if length % config.block_k or config.block_q != config.block_k:
