@@ -179,7 +179,10 @@ def test_large_logits_stay_exact(kernels: str) -> None:
         *[("dim", x) for x in (0, 24, 272)],
         *[(b, x) for b in ("block_q", "block_k") for x in (0, 8, 40, 144)],
         *[(x, 0) for x in ("batch", "q_heads", "kv_heads", "q_rows", "k_rows", "rank")],
-        *[(x, -1) for x in ("dist", "sinks", "positions", "min_blocks", "max_blocks", "n_sink", "q_offset", "rule", "compute")],
+        *[
+            (x, -1)
+            for x in ("dist", "sinks", "positions", "min_blocks", "max_blocks", "n_sink", "q_offset", "rule", "compute")
+        ],
         ("kv_heads", 3),
         ("rule", 3),
         ("compute", kernel.BF16),

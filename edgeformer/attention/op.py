@@ -37,8 +37,8 @@ _LENGTHS = "Tensor? q_len=None, Tensor? kv_len=None"
 _SCORER = "Tensor wq, Tensor wk, Tensor dist_bias, Tensor sink_bias, Tensor theta"
 _POSITION = "Tensor? position_bias=None"
 _ATTEND = (
-    f"Tensor idx, Tensor cnt, {_LENGTHS}, {_POSITION}, *, int block_q=64, int block_k=64, int causal=0, int q_offset=0, "
-    "int compute=0, float scale=0.0"
+    f"Tensor idx, Tensor cnt, {_LENGTHS}, {_POSITION}, *, "
+    "int block_q=64, int block_k=64, int causal=0, int q_offset=0, int compute=0, float scale=0.0"
 )
 _OPERANDS = f"Tensor q, Tensor k, Tensor v, {_SCORER}, {_LENGTHS}, {_POSITION}, *, {_ALL}"
 SCHEMA = f"dsa({_OPERANDS}) -> Tensor"
@@ -235,7 +235,7 @@ def _call(
 ) -> None:
     """One call of the core with workspace and threads of ours; `alive` holds what the pointers point to."""
     if reason := kernel.why(c):
-        given = ", ".join(f"{name}={getattr(c, name)}" for name, _ in c._fields_ if name != "position_bias")
+        given = ", ".join(f"{x[0]}={getattr(c, x[0])}" for x in c._fields_ if x[0] != "position_bias")
         raise BadInput(f"edgeformer::{name}: {reason}; got {given}")
     threads = torch.get_num_threads()
     # Models hand over rows of all heads side by side (BNHD); with room for a copy the core is faster on those.

@@ -2,7 +2,7 @@
 ONNX of opset 13 for TensorRT 8.2 (JetPack 4.6), and the sources from which the device builds what runs it.
 
 `model.onnx` is in standard operators and runs anywhere. A model with sparse attention has `plugin.onnx` beside it,
-where each such layer is one node of our plugin (not with a position bias, which the plugin does not have). The device compiles plugin and runner with its own nvcc (there is no
+where each such layer is one node of our plugin. The device compiles plugin and runner with its own nvcc (there is no
 cross compiler for it here) and builds the engine once. Both files are fp32: `build.txt` says in which precision the
 engine is built, which nodes stay fp32 in it, and for which sizes.
 """
@@ -32,7 +32,7 @@ USUAL_LENGTH = 128
 def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     """Any batch up to 4, any length up to `model.max_length`. Raises ExportError, naming what would be refused."""
     traced = onnx_graph.trace(replace(model, past=None), "tensorrt")  # it does not generate
-    sparse = onnx_function.present(traced) and not onnx_function.biased(traced)
+    sparse = onnx_function.present(traced)
     made = {"model.onnx": lower.standard(traced)} | ({"plugin.onnx": lower.with_plugin(traced)} if sparse else {})
     for name, lowered in made.items():
         rules.hold(lowered.proto, f"{model.name}, {name}", lowered.fp32 if "fp16" in precisions else None)
