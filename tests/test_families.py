@@ -24,7 +24,7 @@ SPARSE = {  # every format in one family, every family in one format
     "distilbert": ("onnx",),
     "roberta": ("coreml",),
     "electra": ("coreml",),
-    "mpnet": ("executorch", "litert", "onnx"),  # with a position bias
+    "mpnet": ("coreml", "executorch", "litert", "onnx"),  # with a position bias
     "modernbert": ("onnx",),
     "vit": ("onnx",),
     "llama": ("onnx",),

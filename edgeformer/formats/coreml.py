@@ -117,7 +117,7 @@ def _attention(model: Model, length: int) -> Iterator[tuple[torch.nn.Module, dic
         swap.for_length(module, length)
     layers = swap.layers(module)
     scored = [layer for layer in layers if hasattr(layer.module, swap.SCORER)]
-    found = {x.number: static.form(swap.scorer(x), length, x.causal, x.biased) for x in scored}
+    found = {x.number: static.form(swap.scorer(x), length, x.causal) for x in scored}
     forms = {number: made for number, made in found.items() if not isinstance(made, str)}
     account: dict[str, Any] = {"sparse": len(forms), "layers": len(layers)}
     if reasons := sorted({made for made in found.values() if isinstance(made, str)}):
