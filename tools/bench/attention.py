@@ -310,7 +310,9 @@ def scaling(n: int, dim: int, threads: int, seconds: float, console: Console) ->
         for kept in (1.0, 0.25):
             for t in (1, threads):
                 run = x.in_runtime(compute, scorer, t, dense=kept == 1)
-                todo.append(Entry(None, f"{precision} {'dense' if kept == 1 else kept} {t}", kept, run, kept * x.operations))
+                todo.append(
+                    Entry(None, f"{precision} {'dense' if kept == 1 else kept} {t}", kept, run, kept * x.operations)
+                )
     times = measure(todo, seconds, time.perf_counter)
     table = Table(title=f"N {n}, D {dim}: {threads} threads against 1, wall clock, load {os.getloadavg()[0]:.1f}")
     for heading in ("what", "ms, 1 thread", f"ms, {threads} threads", "speedup", "goal"):
