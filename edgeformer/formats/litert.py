@@ -92,7 +92,7 @@ def _composite(q: Any, k: Any, v: Any, *rest: Any, compute: int = 0, **config: A
     """The torch operator as a composite. Lengths are always operands, and the attributes are the schema's."""
     if reason := composite.inexpressible(**{name: config[name] for name in _RULES if name in config}):
         raise ValueError(reason)
-    wq, wk, dist_bias, sink_bias, theta, q_len, kv_len = (*rest, None, None)[:7]
+    wq, wk, dist_bias, sink_bias, theta, q_len, kv_len, position_bias = (*rest, None, None, None)[:8]
     q_len, kv_len = (
         torch.full(x.shape[:1], x.shape[2], dtype=torch.int32) if given is None else given
         for x, given in ((q, q_len), (k, kv_len))
@@ -102,7 +102,8 @@ def _composite(q: Any, k: Any, v: Any, *rest: Any, compute: int = 0, **config: A
     config = {name: value for name, value in config.items() if name not in ("rule", "max_blocks")}
     attributes = {"version": COMPOSITE_VERSION, "compute": compute, **config}
     builder = StableHLOCompositeBuilder(COMPOSITE, attr=attributes)
-    marked = builder.mark_inputs(q, k, v, wq, wk, dist_bias, sink_bias, theta, q_len, kv_len)
+    last = () if position_bias is None else (position_bias,)
+    marked = builder.mark_inputs(q, k, v, wq, wk, dist_bias, sink_bias, theta, q_len, kv_len, *last)
     return builder.mark_outputs(composite.dsa(*marked, **config))
 
 
