@@ -34,13 +34,14 @@ class Shelved:
 
 def save(folder: Path, model: Model, programs: Iterable[Program], facts: dict[str, Any]) -> None:
     """The facts come last: a folder without them is not finished."""
-    (folder / TOKENIZER).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / FACTS).unlink(missing_ok=True)
     for program in programs:
         path = folder / f"{program.name}{Path(program.entry).suffix}"
         path.write_bytes(program.files[program.entry])
     for name, content in (model.files or {}).items():
         if name.startswith(f"{TOKENIZER}/"):
+            (folder / TOKENIZER).mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
     (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
 

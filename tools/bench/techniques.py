@@ -420,11 +420,11 @@ def notes(lines: Sequence[Line]) -> str:
 
 def caption(about: dict[str, Any]) -> str:
     return (
-        f"measured on {about['cpu']}, one pinned thread, load {about['load']}; x and % are against the unmodified fp32 "
-        f"program of the same runtime; {about['timed_rows']} dev rows timed in turns, all judged. Techniques that "
-        f"learn had {about['minutes']:g} CPU minutes each. paper: its claim, on its own hardware and model; empty where "
-        "it is not known here. peak MB: of a process that opens the program and answers a few rows. Score: accuracy; for "
-        "stsb the mean of Pearson's and Spearman's correlation."
+        f"measured on {about['cpu']}, one pinned thread, load {about['load']}; x and % are against the unmodified "
+        f"fp32 program of the same runtime; {about['timed_rows']} dev rows timed in turns, all judged. Techniques that "
+        f"learn had {about['minutes']:g} CPU minutes each. paper: its claim, on its own hardware and model; empty "
+        "where it is not known here. peak MB: of a process that opens the program and answers a few rows. Score: "
+        "accuracy; for stsb the mean of Pearson's and Spearman's correlation."
     )
 
 
