@@ -39,6 +39,7 @@ from edgeformer.program import Program  # noqa: E402
 from edgeformer.train import Recipe  # noqa: E402
 from edgeformer.workshop import described  # noqa: E402
 from edgeformer_agent import runners  # noqa: E402
+from tools.bench import shelf  # noqa: E402
 
 FORMATS = ("onnx", "litert")
 LENGTHS = (16, 32, 48, 64, 128)
@@ -266,7 +267,9 @@ def main() -> int:
     lines, unmodified, fp32 = judge("unmodified", teacher, folder / "dev.tsv", None, {}, base)
     for name in wanted:
         model, cpu_s = made(PLANS[name], teacher, folder, arguments.work, name)
-        found, _, _ = judge(name, model, folder / "dev.tsv", fp32, unmodified, base)
+        found, exported, _ = judge(name, model, folder / "dev.tsv", fp32, unmodified, base)
+        facts = {"student": name, "parameters": sum(p.numel() for p in model.module.parameters())}
+        shelf.save(arguments.work / "programs" / name, model, exported.values(), facts)  # for frontier.py --ours
         lines += [Line(**{**vars(x), "train_cpu_s": round(cpu_s, 1)}) for x in found]
         write(arguments.out, lines)
     Console().print(table(lines))
