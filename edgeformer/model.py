@@ -68,6 +68,7 @@ class Model:
     files: tokenizer and licence files that travel with the model, by name.
     precisions: path of a layer in `module` -> the precision it has at least, in programs of a coarser one
     (`edgeformer.rounding`; ONNX, LiteRT and ExecuTorch).
+    ranges: path of a linear layer -> least and greatest value that reaches it, for "int8-static" (`passes.smooth`).
     """
 
     name: str
@@ -80,6 +81,7 @@ class Model:
     tokenizer: Any = None
     files: Mapping[str, bytes] | None = None
     precisions: Mapping[str, str] = field(default_factory=dict)
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     history: tuple[wire.Step, ...] = ()
 
     def after(

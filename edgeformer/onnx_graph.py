@@ -20,6 +20,7 @@ from .model import Model
 OPSET = onnx_function.OPSET  # 20: the first with Gelu as one operator; ONNX Runtime >= 1.17 opens it
 IR_VERSION = 9  # the exporter's newer one would shut out ONNX Runtime 1.17
 PRODUCTS = ("MatMul", "Gemm", "MatMulInteger", "MatMulNBits", "Conv", "ConvInteger", onnx_function.NAME)
+FROM_WEIGHTS = ("Transpose", "Reshape", "DequantizeLinear")  # of one matrix, what is another form of it
 INTEGER = ("MatMulInteger", "MatMulNBits", "ConvInteger")
 DTYPES = {"tensor(int32)": np.int32, "tensor(int64)": np.int64, "tensor(float)": np.float32}
 
@@ -83,7 +84,7 @@ def work(proto: onnx.ModelProto, model: Model) -> tuple[wire.Work, ...]:
     graph = onnx.ModelProto()
     graph.CopyFrom(proto)
     weights = {w.name: w for w in graph.graph.initializer}
-    turned = {name: weights[source] for name, source in transposed(graph.graph, ("Transpose", "Reshape")).items()}
+    turned = {name: weights[source] for name, source in transposed(graph.graph, FROM_WEIGHTS).items()}
     products = [node for node in graph.graph.node if node.op_type in PRODUCTS]
     seen = {name for node in products for name in (*node.input[:4], node.output[0]) if name and name not in weights}
     known = {value.name for value in (*graph.graph.output, *graph.graph.input)}
@@ -121,8 +122,9 @@ def _work_at(session: Any, products: list[Any], weights: dict[str, Any], length:
             activation_bytes += 4.0 * (2 * prod(left) + 2 * prod(right))
             continue
         depth = prod(right[1:]) if node.op_type.startswith("Conv") else prod(left) // prod(out[:-1])
-        work[node.op_type in INTEGER] += 2.0 * prod(out) * depth
         stored = weights.get(node.input[1])
+        integer = node.op_type in INTEGER or (stored is not None and stored.data_type == onnx.TensorProto.INT8)
+        work[integer] += 2.0 * prod(out) * depth
         item = onnx.helper.tensor_dtype_to_np_dtype(stored.data_type).itemsize if stored is not None else 4
         weight_bytes += prod(right) * item * (stored is not None)
         activation_bytes += 4.0 * (prod(left) + prod(out) + prod(right) * (stored is None))

@@ -72,6 +72,13 @@ def by_row(proto: onnx.ModelProto, chosen: rounding.Chosen) -> onnx.ModelProto:
     return quantized
 
 
+def static(proto: onnx.ModelProto, chosen: rounding.Chosen) -> onnx.ModelProto:
+    """Activations of linear layers in the ranges that are known before; what has none stays in float."""
+    quantized, _ = _rewritten(proto, chosen, ("int8",))
+    onnx_graph.strip(quantized)
+    return quantized
+
+
 def grouped(proto: onnx.ModelProto) -> bool:
     """Whether some of it is int4."""
     return any(node.op_type in ("MatMulNBits", "GatherBlockQuantized") for node in proto.graph.node)
@@ -104,7 +111,7 @@ class _Rows:
 
     def rewrite(self) -> None:
         write = {
-            ("MatMul", "int8"): self._product,
+            ("MatMul", "int8"): self._static_product if self.chosen.ranges else self._product,
             ("MatMul", "int4"): self._grouped_product,
             ("Gather", "int8"): self._lookup,
             ("Gather", "int4"): self._grouped_lookup,
@@ -149,6 +156,26 @@ class _Rows:
         second = self._node(f"{out}/fine", "Mul", second, self._scalar("fine"))
         rows = self._node(f"{out}/rows", "Add", first, second)
         self._node(out, "Mul", self._node(f"{out}/channels", "Mul", rows, scales), scale)
+
+    def _static_product(self, node: onnx.NodeProto) -> None:
+        """The product of dequantized integers, which ONNX Runtime computes as one of integers."""
+        (x, weight), out = node.input, node.output[0]
+        source = self._source(weight)
+        matrix = numpy_helper.to_array(self.floats[source])
+        found = self.chosen.range_of(matrix if source != weight else matrix.T)
+        if found is None or source != weight:
+            self.nodes.append(node)
+            return
+        low, high = found
+        scale = np.float32(max((high - low) / 255, SMALLEST))
+        step, zero = f"{out}/step", f"{out}/zero"
+        self._constant(step, np.array(scale))
+        self._constant(zero, np.array(np.clip(np.rint(-low / scale), 0, 255), np.uint8))
+        # Layers that read the same tensor have the same range.
+        integers = self._once(f"{x}/integers", "QuantizeLinear", x, step, zero)
+        values, scales = self._stored(source, channel=1)
+        told = self._once(f"{values}/told", "DequantizeLinear", values, scales, axis=1)
+        self._node(out, "MatMul", self._once(f"{x}/told", "DequantizeLinear", integers, step, zero), told)
 
     def _rows(self, x: str) -> tuple[str, str]:
         """Names of an activation's uint8 values, the first bytes above the second, and of the scale of each row."""

@@ -32,6 +32,7 @@ FINENESS = ("int4", "int8", "fp16", "fp32")
 # What a program of a precision stores: linear layers, embedding tables.
 PARTS = {
     "int8": ("int8", "int8"),
+    "int8-static": ("int8", "int8"),
     "int4": ("int4", "int4"),
     "int4-embeddings": ("int8", "int4"),
 }
@@ -90,11 +91,16 @@ class Chosen:
 
     parts: tuple[str, str]  # linear layers, embedding tables
     finer: Mapping[Content, str] = field(default_factory=dict)
+    ranges: Mapping[Content, tuple[float, float]] = field(default_factory=dict)  # of activations
 
     @property
     def plain(self) -> bool:
-        """All of it int8."""
-        return self.parts == ("int8", "int8") and not self.finer
+        """All of it int8, activations rounded as they come."""
+        return self.parts == ("int8", "int8") and not self.finer and not self.ranges
+
+    def range_of(self, matrix: np.ndarray) -> tuple[float, float] | None:
+        """What reaches a linear layer [out, in]: its least and greatest value."""
+        return self.ranges.get(_content(matrix))
 
     def of(self, matrix: np.ndarray, *, table: bool) -> str:
         """`matrix`: [out, in] of a linear layer, [rows, columns] of a table."""
@@ -112,7 +118,12 @@ def chosen(model: Model, precision: str) -> Chosen:
             raise BadInput(f"precisions: {name} = {found}: {model.name} has no such layer, or it is none of {FINENESS}")
         key = _content(known[name].weight.detach().numpy())
         finer[key] = max(found, finer.get(key, found), key=FINENESS.index)
-    return Chosen(PARTS[precision], finer)
+    if precision != "int8-static":
+        return Chosen(PARTS[precision], finer)
+    if not model.ranges:
+        raise BadInput(f"int8-static needs the ranges of {model.name}'s activations: add the pass smooth.linears")
+    ranges = {_content(known[name].weight.detach().numpy()): found for name, found in model.ranges.items()}
+    return Chosen(PARTS[precision], finer, ranges)
 
 
 # --- pretending -------------------------------------------------------------------------------------------------------

@@ -91,7 +91,10 @@ def test_int4_runs_and_pretending_says_what_it_answers(format: str) -> None:
     (program,) = formats.load(format).export(model, ["int4"])
     rows = data.load(model, None, None).rows[:4]
     fp32 = np.stack(check.reference(model, rows, lambda _n: None))
-    module = rounding.pretending(model, rounding.asked(model, "int4"), "token")
+    asked = rounding.asked(model, "int4")
+    if format == "litert":  # positions are a constant of each length there, in float
+        del asked["module.embeddings.position_embeddings"]
+    module = rounding.pretending(model, asked, "token")
     pretended = np.stack(check.reference(replace(model, module=module), rows, lambda _n: None))
     got = answer(program, rows)
     assert distance(got, pretended) < 0.35 * distance(got, fp32)

@@ -16,7 +16,7 @@ from ..attention import onnx_function
 from ..model import Model
 from ..program import Program
 
-PRECISIONS = ("int8", "int4-embeddings", "int4", "fp32")
+PRECISIONS = ("int8", "int4-embeddings", "int4", "int8-static", "fp32")
 RUNTIME = wire.Runtime("onnxruntime", "1.17", "2")
 RUNTIME_INT4 = wire.Runtime("onnxruntime", "1.22", "2")  # the first that looks up rows of int4 as written here
 GLIBC = "2.28"  # read from the library's symbols
@@ -27,7 +27,8 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     fp32 = onnx_graph.trace(model, "onnx")
     int8 = onnx_int8.by_row if model.task.kind == "next_token" else onnx_int8.by_tensor
     for precision in precisions:
-        proto = fp32 if precision == "fp32" else int8(fp32, rounding.chosen(model, precision))
+        write = onnx_int8.static if precision == "int8-static" else int8
+        proto = fp32 if precision == "fp32" else write(fp32, rounding.chosen(model, precision))
         yield Program(
             format="onnx",
             precision=precision,
