@@ -51,7 +51,7 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     """
     fp32, kept = _fp32(model), cost.calibrated(model.history)
     for precision in precisions:
-packed = _share(fp32 if precision == "fp32" else _integers(fp32, rounding.chosen(model, precision)))
+        packed = _share(fp32 if precision == "fp32" else _integers(fp32, rounding.chosen(model, precision)))
         sparse = COMPOSITE.encode() in packed
         yield Program(
             format="litert",
@@ -61,7 +61,7 @@ packed = _share(fp32 if precision == "fp32" else _integers(fp32, rounding.chosen
             outputs=(model.output,),
             lengths=model.lengths,
             runtime=RUNTIME,
-            needs=wire.Needs(glibc=GLIBC if precision == "int8" or sparse else GLIBC_LEGACY),
+            needs=wire.Needs(glibc=GLIBC_LEGACY if precision == "fp32" and not sparse else GLIBC),
             work=_work(packed, kept),
             sparse=sparse,
         )
