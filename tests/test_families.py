@@ -16,7 +16,7 @@ from edgeformer import formats  # noqa: E402
 from edgeformer.errors import MissingExtra  # noqa: E402
 
 if TYPE_CHECKING:
-    from edgeformer.parity import Cell
+    from edgeformer.agreement import Cell
 
 NATIVE = ("executorch", "litert", "onnx")  # our operator's library runs in them here
 SPARSE = {  # every format in one family, every family in one format

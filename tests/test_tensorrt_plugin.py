@@ -192,7 +192,8 @@ def test_an_nvcc_takes_the_plugin(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
 
 
-SANITIZED = ("position-causal-chunk", "shape-33-block-32-dim-128", "rule-1-theta-0.75", "padding-zero", "batch-2-lengths", "gqa-4-1-per_kv-1")
+SANITIZED = ("position-causal-chunk", "shape-33-block-32-dim-128", "rule-1-theta-0.75", "padding-zero",
+             "batch-2-lengths", "gqa-4-1-per_kv-1")  # fmt: skip
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ Heads that keep about as many share a width; there are at most three (`BUCKETS`)
 
 A layer stays dense where this would be more multiply-adds than dense attention: per head, in units of dense attention,
 width / blocks for attending and width / block size for fetching; scoring is left out (under 1 % of it), and so is a
-position bias (it is fetched like keys, as tiles: one for each distance between blocks that it tells apart). It also stays
+position bias (fetched like keys, as tiles: one for each distance between blocks that it tells apart). It also stays
 dense at `dense_below` tokens or fewer, with a causal mask, or where a length is no multiple of the block.
 
 Same numbers as the definition on valid rows. Rows of padding, which nothing reads, are not zeroed.

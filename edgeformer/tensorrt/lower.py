@@ -406,7 +406,7 @@ def _constant_of_shape(w: _Writer, node: onnx.NodeProto) -> None:
 
 def _plugin(w: _Writer, node: onnx.NodeProto) -> None:
     """
-    The node of our plugin, with every operand: a table that is missing or has no columns becomes one column of zeros, as
+    The node of our plugin, with every operand: a table that is missing or has no columns becomes one of zeros, as
     the device has no empty tensor.
     """
     given = {**onnx_function.INTEGERS, "scale": 0.0, **_attributes(node)}
