@@ -3,8 +3,8 @@ What each quantization costs in accuracy and saves in size, on labelled rows: on
 
     python tools/bench/quantize.py --model ../shared/models/minilm-sst2 --data ../shared/data/sst2 --steps 200
 
-Programs are ONNX and run where devices run them. Besides the accuracy with its interval: how many rows get fp32's answer,
-and how far the outputs are from fp32's, as a share of their size. Calibration and training read train.tsv only.
+Programs are ONNX and run where devices run them. Besides the accuracy with its interval: how many rows get fp32's
+answer, and how far the outputs are from fp32's, as a share of their size. Calibration and training read train.tsv only.
 """
 
 from __future__ import annotations
