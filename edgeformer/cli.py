@@ -269,7 +269,7 @@ def build(
 def _limits(max_latency_ms: float | None, max_size_mb: float | None, max_drop: float | None) -> Any:
     if (max_latency_ms, max_size_mb, max_drop) == (None, None, None):
         return None
-    from .search import Limits
+    from .budget import Limits
 
     return Limits(max_latency_ms, max_size_mb, max_drop)
 
@@ -300,9 +300,9 @@ def search(
     """
     screen: Screen = context.obj
     with _bars(screen) as progress, _quiet(screen):
+        from .budget import Limits, search as run_search
         from .frontier import page, table
         from .recipe import dump
-        from .search import Limits, search as run_search
 
         found = run_search(
             model, target, Limits(max_latency_ms, max_size_mb, max_drop), data=data, task=task, train=train,
@@ -350,8 +350,8 @@ def parity(
     """
     screen: Screen = context.obj
     with _bars(screen) as progress, _quiet(screen):
+        from .agreement import parity as run_parity
         from .matrix import page, table
-        from .parity import parity as run_parity
 
         found = run_parity(
             model, formats=format, precision=precision, data=data, task=task, budget=budget, layers=layers,

@@ -170,12 +170,13 @@ def _standard(longest: int, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **confi
     config.pop("compute", None)
     if reason := composite.inexpressible(**{n: config.pop(n) for n in ("rule", "max_blocks") if n in config}):
         raise ValueError(reason)
-    wq, wk, dist_bias, sink_bias, theta, q_len, kv_len = (*rest, None, None)[:7]
+    wq, wk, dist_bias, sink_bias, theta, q_len, kv_len, position_bias = (*rest, None, None, None)[:8]
     q_len, kv_len = (
         torch.full(x.shape[:1], x.shape[2], dtype=torch.int32) if given is None else given
         for x, given in ((q, q_len), (k, kv_len))
     )
-    return composite.dsa(q, k, v, wq, wk, dist_bias, sink_bias, theta, q_len, kv_len, longest=longest, **config)
+    operands = (q, k, v, wq, wk, dist_bias, sink_bias, theta, q_len, kv_len, position_bias)
+    return composite.dsa(*operands, longest=longest, **config)
 
 
 # --- int8 and int4 ---------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@ LiteRT (TFLite) for the ai-edge-litert interpreter: one file, a signature a leng
 
 Sparse attention becomes a STABLEHLO_COMPOSITE "edgeformer.dsa", which our delegate takes and any other interpreter
 computes by its decomposition (see `attention.composite`).
+
+What is fp32 and dense also opens in tflite-runtime 2.14, the last of its name, on systems too old for ai-edge-litert.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ PRECISIONS = ("int8", "int4-embeddings", "int4", "fp32")
 RUNTIME = wire.Runtime("ai-edge-litert", "2.0", "3")
 RUNTIME_INT4 = wire.Runtime("ai-edge-litert", "2.1", "3")  # 2.0.3 computes groups wrongly, without an error
 GLIBC = "2.34"  # read from the library's symbols; the wheel's tag claims 2.27
+GLIBC_LEGACY = "2.29"  # of tflite-runtime 2.14, in the same way
 ALIGNMENT = 16  # of every weight in the file, as the interpreter maps it
 COMPOSITE, COMPOSITE_VERSION = "edgeformer.dsa", 1
 BITS = {schema.TensorType.INT8: 8, schema.TensorType.INT4: 4}
@@ -50,6 +53,7 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     fp32, kept = _fp32(model), cost.calibrated(model.history)
     for precision in precisions:
         packed = _share(fp32 if precision == "fp32" else _integers(fp32, rounding.chosen(model, precision)))
+        sparse = COMPOSITE.encode() in packed
         yield Program(
             format="litert",
             precision=precision,
@@ -58,15 +62,16 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
             outputs=(model.output,),
             lengths=model.lengths,
             runtime=RUNTIME_INT4 if precision.startswith("int4") else RUNTIME,
-            needs=wire.Needs(glibc=GLIBC),
+            needs=wire.Needs(glibc=GLIBC_LEGACY if precision == "fp32" and not sparse else GLIBC),
             work=_work(packed, kept),
-            sparse=COMPOSITE.encode() in packed,
+            sparse=sparse,
         )
 
 
 def _fp32(model: Model) -> bytes:
     converter: Any = litert_torch
     module = _in_order(model.module)
+    fx_infra.decomp.add_pre_convert_decomp(torch.ops.aten.index.Tensor, _index)
     if hasattr(torch.ops.edgeformer, "dsa"):  # the operator exists once a pass has put it into a model
         fx_infra.decomp.add_pre_convert_decomp(torch.ops.edgeformer.dsa.default, _composite)
     try:
@@ -92,11 +97,18 @@ def _in_order(module: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(module, same)
 
 
+def _index(x: torch.Tensor, indices: Any) -> Any:
+    """tflite-runtime 2.14 gathers no truth values, which transformers' masks do: they go as integers."""
+    if x.dtype != torch.bool:
+        return NotImplemented
+    return torch.ops.aten.index.Tensor(x.to(torch.int32), indices).to(torch.bool)
+
+
 def _composite(q: Any, k: Any, v: Any, *rest: Any, compute: int = 0, **config: Any) -> Any:
     """The torch operator as a composite. Lengths are always operands, and the attributes are the schema's."""
     if reason := composite.inexpressible(**{name: config[name] for name in _RULES if name in config}):
         raise ValueError(reason)
-    wq, wk, dist_bias, sink_bias, theta, q_len, kv_len = (*rest, None, None)[:7]
+    wq, wk, dist_bias, sink_bias, theta, q_len, kv_len, position_bias = (*rest, None, None, None)[:8]
     q_len, kv_len = (
         torch.full(x.shape[:1], x.shape[2], dtype=torch.int32) if given is None else given
         for x, given in ((q, q_len), (k, kv_len))
@@ -106,7 +118,8 @@ def _composite(q: Any, k: Any, v: Any, *rest: Any, compute: int = 0, **config: A
     config = {name: value for name, value in config.items() if name not in ("rule", "max_blocks")}
     attributes = {"version": COMPOSITE_VERSION, "compute": compute, **config}
     builder = StableHLOCompositeBuilder(COMPOSITE, attr=attributes)
-    marked = builder.mark_inputs(q, k, v, wq, wk, dist_bias, sink_bias, theta, q_len, kv_len)
+    last = () if position_bias is None else (position_bias,)
+    marked = builder.mark_inputs(q, k, v, wq, wk, dist_bias, sink_bias, theta, q_len, kv_len, *last)
     return builder.mark_outputs(composite.dsa(*marked, **config))
 
 

@@ -30,6 +30,7 @@ from . import Pass
 from .student import layer_stack
 
 Tensor = torch.Tensor
+Text = str | tuple[str, str]  # one, or a pair that the model compares
 
 SHARD = 4096  # rows of teacher outputs a file
 TEACHER_BATCH = 64
@@ -74,7 +75,7 @@ class Augment:
 
 def distil(
     teacher: Model,
-    texts: Sequence[str],
+    texts: Sequence[Text],
     *,
     labels: Sequence[float] | None = None,
     losses: Losses = Losses(),
@@ -143,10 +144,17 @@ def distil(
 # --- texts ------------------------------------------------------------------------------------------------------------
 
 
-def augmented(texts: Sequence[str], how: Augment, mask: str) -> list[str]:
-    """`how.copies` changed texts for each text, seeded. Without a mask token words are left out instead."""
+def augmented(texts: Sequence[Text], how: Augment, mask: str) -> list[str]:
+    """
+    `how.copies` changed texts for each text, seeded. Without a mask token words are left out instead. Raises BadInput
+    for pairs: words changed in one of them say nothing about the other.
+    """
+    if not how.copies:
+        return []
+    if pair := next((text for text in texts if not isinstance(text, str)), None):
+        raise BadInput(f"augment changes single texts, not pairs such as {pair}; leave copies at 0")
     random = np.random.default_rng(how.seed)
-    split = [text.split() for text in texts]
+    split = [text.split() for text in texts if isinstance(text, str)]
     words = [word for text in split for word in text] or [""]
     made = []
     for _ in range(how.copies):
@@ -170,7 +178,7 @@ def augmented(texts: Sequence[str], how: Augment, mask: str) -> list[str]:
 Encoded = tuple[np.ndarray, ...]  # the model's inputs in their order, [tokens] each
 
 
-def _encode(model: Model, texts: Sequence[str], length: int) -> list[Encoded]:
+def _encode(model: Model, texts: Sequence[Text], length: int) -> list[Encoded]:
     if model.tokenizer is None:
         raise BadInput(f"{model.name} has no tokenizer; distillation reads texts")
     most = min(length, model.max_length)
