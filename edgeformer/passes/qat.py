@@ -47,7 +47,6 @@ def train(
     def run(model: Model) -> Model:
         asked = rounding.asked(model, precision)
         prepared = replace(model, module=rounding.pretending(model, asked, activations))
-        prepared.module.requires_grad_(True)  # what earlier passes have frozen learns too
         learn = distil(
             teacher or model,
             texts,
