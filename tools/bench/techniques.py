@@ -245,7 +245,7 @@ def unbuilt(what: str) -> Callable[[Bench], Model]:
     return make
 
 
-def techniques() -> Iterator[Technique]:
+def techniques(names: Sequence[str]) -> Iterator[Technique]:
     both = ("onnx", "litert")
     yield Technique("unmodified", unmodified, formats=both, note="the baseline")
     yield Technique("structured pruning", structured, formats=both, note="60 % of heads and columns, no training")
@@ -253,7 +253,7 @@ def techniques() -> Iterator[Technique]:
     yield Technique("dynamic pruning", tokens, note="60 % of the tokens go on after the second layer")
     yield Technique("quantization, after training", unmodified, precision="int8", formats=both)
     yield Technique("quantization-aware training", unbuilt("pass for it"))
-    yield from mixed()
+    yield from mixed(names)
     response, features = distil.Losses(response=1.0), distil.Losses(response=1.0, feature=1.0)
     yield Technique("distillation, response", distilled(response), note="half of the layers")
     yield Technique("distillation, feature", distilled(features), note="half of the layers; response too")
@@ -271,10 +271,10 @@ def techniques() -> Iterator[Technique]:
     yield Technique("combined", combined, "int8", both, Claim(3.8, 91), words)
 
 
-def mixed() -> Iterator[Technique]:
+def mixed(names: Sequence[str]) -> Iterator[Technique]:
     """What the formats offer beside int8 and floating point."""
     name, found = "quantization, mixed", False
-    for format in ("onnx", "litert"):
+    for format in names:
         for precision in formats.load(format).PRECISIONS:
             if precision not in ("fp32", "fp16", "int8"):
                 found = True
@@ -346,16 +346,6 @@ class Judge:
 def score(found: evaluate.Evaluation) -> float:
     """GLUE's: accuracy, or the mean of Pearson's and Spearman's correlation."""
     return sum(x.value for x in found.estimates) / len(found.estimates)
-
-
-def sources() -> str:
-    """Of everything that makes a figure here: a kept line is of this very code."""
-    root = Path(__file__).parents[2]
-    digest = hashlib.sha256()
-    for folder in ("edgeformer", "devices/agent", "tools/bench"):
-        for path in sorted((root / folder).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def kept(judge: Judge, technique: Technique, code: str) -> list[Line]:
@@ -497,7 +487,7 @@ def main() -> int:
         print(f"not there: {', '.join(missing)}", file=sys.stderr)
         return 3
     torch.set_num_threads(1)
-    code, lines = sources(), list[Line]()
+    code, lines = shelf.sources(), list[Line]()
     about = turns.machine() | {"minutes": arguments.minutes, "timed_rows": arguments.rows}
     for task in tasks:
         model = models.load(arguments.models / TASKS[task], lengths=LENGTHS)
@@ -506,7 +496,7 @@ def main() -> int:
         judge = Judge(
             replace(bench, model=data.with_task(model, bench.rows)), arguments.rows, arguments.formats.split(",")
         )
-        for technique in techniques():
+        for technique in techniques(judge.formats):
             if any(word in technique.name for word in words):
                 print(f"{task}: {technique.name}", file=sys.stderr, flush=True)
                 lines += kept(judge, technique, code)
