@@ -243,8 +243,13 @@ def _placed(words: str, x: float, y: float, taken: list[tuple[float, float, floa
         return inside and not any(_overlap(a, b) for b in taken if b != own)
 
     chosen = next((place for place in beside if free(place)), beside[0])
-    taken.append(box(*chosen))
-    return _text(chosen[0], chosen[1], words, f"remark {chosen[2]}".strip())
+    left, top, right, bottom = box(*chosen)
+    taken.append((left, top, right, bottom))
+    named = _text(chosen[0], chosen[1], words, f"remark {chosen[2]}".strip())
+    if abs(chosen[1] - 4 - y) < 10:
+        return named
+    ends = min(max(x, left), right), top + 2 if top > y else bottom
+    return _line("rest", x, y, *ends) + named  # which mark it names, where it is not beside it
 
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
