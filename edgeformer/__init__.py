@@ -13,8 +13,8 @@ Build, ship and measure transformers on phones and boards.
 Importing this loads no framework.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from importlib import import_module as _import
+from typing import TYPE_CHECKING as _CHECKED, Any as _Any
 
 from edgeformer_agent.wire import Gate, Manifest, Report
 
@@ -26,7 +26,7 @@ from .errors import EdgeformerError
 from .generate import Generated, generate
 from .link import SshOptions
 
-if TYPE_CHECKING:
+if _CHECKED:
     from .agreement import Matrix, parity
     from .budget import Limits, Outcome, search
 
@@ -59,8 +59,8 @@ __version__ = "0.1.0"
 _LATER = {"Limits": "budget", "Matrix": "agreement", "Outcome": "budget", "parity": "agreement", "search": "budget"}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _Any:
     """What needs a framework is imported when it is asked for."""
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_LATER[name]}", __name__), name)
+    return getattr(_import(f".{_LATER[name]}", __name__), name)

@@ -194,7 +194,10 @@ def build(
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the bundle's folder goes.")] = Path("dist"),
     precision: Annotated[
         list[str] | None,
-        typer.Option(help="int8, int4, fp16, fp32; repeatable. [dim]\\[default: the format's own][/]"),
+        typer.Option(
+            help="int8, int8-static, int4-embeddings, int4, fp16, fp32; repeatable. "
+            "[dim]\\[default: the format's own][/]"
+        ),
     ] = None,
     format: Annotated[
         list[str] | None, typer.Option(help="Some of the target's formats. [dim]\\[default: all][/]")

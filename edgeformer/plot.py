@@ -191,7 +191,7 @@ def scatter(
     key: str, title: str, description: str, marks: Sequence[Mark], corners: Sequence[Corner], units: tuple[str, str]
 ) -> str:
     """Named marks over a logarithmic axis, as wide as the row pictures; names avoid each other where there is room."""
-    places = [*marks, *corners]
+    places: list[Mark | Corner] = [*marks, *corners]
     low, high = min(p.y for p in places), max(p.y for p in places)
     air = (high - low or 0.01) * 0.12
     across = Scale(min(p.x for p in places) * 0.8, max(p.x for p in places) * 1.5, 52, WIDTH - 12, logarithmic=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import families
@@ -15,7 +18,7 @@ pytest.importorskip("litert_torch")
 
 from edgeformer import check, data, formats, model as models  # noqa: E402
 from edgeformer.program import Program  # noqa: E402
-from edgeformer_agent import runners, wire  # noqa: E402
+from edgeformer_agent import cases, runners, wire  # noqa: E402
 
 
 def middling() -> models.Model:
@@ -60,14 +63,71 @@ def test_five_lengths_cost_little_more_than_one_and_the_shortest_that_fits_runs(
         run({k: np.ones(513, np.int32) for k in rows[0]})
 
 
+@functools.cache
+def tiny() -> models.Model:
+    return models.load(families.tiny("bert"), name="tiny", lengths=(16,))
+
+
+@functools.cache
+def programs(format: str) -> tuple[Program, ...]:
+    return tuple(formats.load(format).export(tiny(), ["fp32", "int8"]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["onnx", "litert"])
 def test_nothing_of_this_machine_is_in_a_file(format: str) -> None:
-    model = models.load(families.tiny("bert"), name="tiny", lengths=(16,))
-    for program in formats.load(format).export(model, ["fp32", "int8"]):
+    for program in programs(format):
         content = b"".join(program.files.values())
         for trace in (str(Path(models.__file__).parent), str(Path.home()), "site-packages"):
             assert trace.encode() not in content, (program.name, trace)
+
+
+LEGACY = ("tflite-runtime==2.14.0", "numpy<2")
+OPENED = """
+import json, sys
+import numpy
+from agent import cases, wire
+from agent.runners import litert
+entry = wire._decode(wire.Entry, json.load(sys.stdin), "entry")
+try:
+    run = litert.load(sys.argv[1], entry)
+except ValueError as error:
+    sys.exit(str(error))
+print(litert.version())
+numpy.save(sys.argv[3], [run(row) for row in cases.load(sys.argv[2]).rows])
+"""
+
+
+@pytest.fixture(scope="module")
+def legacy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with nothing but tflite-runtime and the agent, as a path for modules."""
+    folder = tmp_path_factory.mktemp("legacy")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--only-binary=:all:", "--target", folder, *LEGACY]
+    if subprocess.run(pip, capture_output=True).returncode:
+        pytest.skip(f"pip finds no {LEGACY[0]} for this Python")
+    (folder / "agent").symlink_to(Path(wire.__file__).parent)
+    return folder
+
+
+@pytest.mark.slow
+def test_tflite_runtime_opens_fp32_and_refuses_int8(legacy: Path, tmp_path: Path) -> None:
+    rows, (fp32, int8) = tuple(data.load(tiny(), None, None).rows[:2]), programs("litert")
+    (tmp_path / "rows").write_bytes(cases.dump(cases.Cases(rows, {}, None)))
+
+    def opened(program: Program) -> subprocess.CompletedProcess[bytes]:
+        path = tmp_path / program.name
+        path.write_bytes(program.files[program.entry])
+        words = (path, tmp_path / "rows", tmp_path / "outputs.npy")
+        command = [sys.executable, "-S", "-c", OPENED, *words]  # -S: not what is installed here
+        told = wire.dump(entry(program, tiny()))
+        return subprocess.run(command, input=told, capture_output=True, env={"PYTHONPATH": str(legacy)})
+
+    done = opened(fp32)
+    assert done.stdout.decode().strip() == "2.14.0+tflite-runtime", done.stderr.decode()
+    wanted = check.reference(tiny(), rows, lambda _: None)
+    np.testing.assert_allclose(np.load(tmp_path / "outputs.npy"), wanted, atol=1e-5)
+    assert b"litert-int8: tflite-runtime 2.14.0 computes int8 wrongly" in opened(int8).stderr
+    assert (fp32.needs.glibc, int8.needs.glibc) == ("2.29", "2.34")
 
 
 @pytest.mark.slow
