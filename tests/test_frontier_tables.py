@@ -25,6 +25,7 @@ from edgeformer import data, evaluate  # noqa: E402
 from edgeformer.errors import BadInput  # noqa: E402
 from edgeformer.passes import depth, distil, student  # noqa: E402
 from edgeformer.program import Program  # noqa: E402
+from edgeformer.train import Recipe  # noqa: E402
 from edgeformer_agent import wire  # noqa: E402
 
 TIMING = turns.Timing(0.5, 0.5, 0.6)
@@ -137,5 +138,8 @@ def test_pairs_are_learned_from_and_not_augmented(tmp_path: Path) -> None:
     rows = distil._encode(model, pairs, 32)
     types = [x.name for x in model.inputs].index("token_type_ids")
     assert [int(np.max(row[types])) for row in rows] == [1, 1]
+    recipe = Recipe(epochs=1, batch=2, bf16=True)  # what the teacher said is kept in fp16, which autocast does not join
+    losses = distil.Losses(response=1.0, feature=1.0, relation=1.0)
+    assert distil.distil(model, pairs, losses=losses, recipe=recipe)(model).history[-1].facts["steps"] == 1
     with pytest.raises(BadInput, match="pairs"):
         distil.augmented(pairs, distil.Augment(1), "[MASK]")
