@@ -337,7 +337,8 @@ class _Learner:
     def _padded(self, name: str, picked: Sequence[int], valid: Tensor) -> Tensor:
         flat, starts = self.known.tokens[name], self.known.starts
         full = torch.zeros(*valid.shape, flat.shape[-1])
-        full[valid] = torch.cat([flat[starts[i] : starts[i + 1]] for i in picked]).float()
+        # Made fp32 before it is put together: under autocast no operator joins fp16.
+        full[valid] = torch.cat([flat[starts[i] : starts[i + 1]].float() for i in picked])
         return full
 
 
