@@ -94,7 +94,7 @@ class Plan:
 
 
 PLANS = {
-    "small": Plan(Goal(0.8422, 4, 10), Recipe(epochs=8, batch=64, rate=8e-4), layers=2, width=(192, 512), rank=96),
+    "small": Plan(Goal(0.8422, 4, 10), Recipe(batch=64, rate=8e-4), layers=2, width=(192, 512), rank=128, copies=3),
     "medium": Plan(Goal(0.8599, 6, 5), Recipe(epochs=5, batch=64, rate=5e-4), layers=3, width=(256, 512), rank=128),
     "large": Plan(Goal(0.8776, 12, 2), Recipe(epochs=1, rate=1e-4), keep=0.25),
 }
