@@ -102,6 +102,7 @@ def test_int4_runs_and_pretending_says_what_it_answers(format: str) -> None:
     held = [known.weight.detach().numpy().tobytes() in packed for known in rounding.layers(model.module).values()]
     assert sum(held[3:]) == 1 and held[3], "of the linear layers only the one kept in fp32 is there as it was"
     if format == "litert":
+        assert program.runtime.minimum == "2.1"
         from ai_edge_litert import schema_py_generated as schema
 
         read = schema.ModelT.InitFromPackedBuf(packed, 0)

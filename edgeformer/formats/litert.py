@@ -36,6 +36,7 @@ from ..program import Program
 
 PRECISIONS = ("int8", "int4-embeddings", "int4", "fp32")
 RUNTIME = wire.Runtime("ai-edge-litert", "2.0", "3")
+RUNTIME_INT4 = wire.Runtime("ai-edge-litert", "2.1", "3")  # 2.0.3 computes groups wrongly, without an error
 GLIBC = "2.34"  # read from the library's symbols; the wheel's tag claims 2.27
 GLIBC_LEGACY = "2.29"  # of tflite-runtime 2.14, in the same way
 ALIGNMENT = 16  # of every weight in the file, as the interpreter maps it
@@ -60,7 +61,7 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
             inputs=model.inputs,
             outputs=(model.output,),
             lengths=model.lengths,
-            runtime=RUNTIME,
+            runtime=RUNTIME_INT4 if precision.startswith("int4") else RUNTIME,
             needs=wire.Needs(glibc=GLIBC_LEGACY if precision == "fp32" and not sparse else GLIBC),
             work=_work(packed, kept),
             sparse=sparse,

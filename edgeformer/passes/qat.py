@@ -20,11 +20,11 @@ from ..errors import BadInput
 from ..model import Model
 from ..train import Progress, Recipe, quiet
 from . import Pass
-from .distil import Losses, distil
+from .distil import Losses, Text, distil
 
 
 def train(
-    texts: Sequence[str],
+    texts: Sequence[Text],
     *,
     precision: str = "int4",
     activations: str = "tensor",
@@ -47,7 +47,6 @@ def train(
     def run(model: Model) -> Model:
         asked = rounding.asked(model, precision)
         prepared = replace(model, module=rounding.pretending(model, asked, activations))
-        prepared.module.requires_grad_(True)  # what earlier passes have frozen learns too
         learn = distil(
             teacher or model,
             texts,
