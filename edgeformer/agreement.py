@@ -160,7 +160,7 @@ def _cells(export: Export, wanted: _Wanted, report: Progress) -> Iterator[Cell]:
     start = time.perf_counter()
     try:
         report(f"export {export.name}", 0, 1)
-        for program in export.module.export(wanted.model, export.precisions):
+        for program in export.programs(wanted.model):
             seconds = time.perf_counter() - start
             report(f"export {export.name}", 1, 1)
             done.append(program.precision)
@@ -212,7 +212,7 @@ def _layers(precision: str, export: Export, wanted: _Wanted) -> tuple[float, ...
     if wanted.probe is None:
         return ()
     with suppress(EdgeformerError):
-        (program,) = export.module.export(wanted.probe, (precision,))
+        (program,) = replace(export, precisions=(precision,)).programs(wanted.probe)
         outputs = check.run(program, described(program), wanted.rows.rows, lambda _n: None)
         cosines = [_cosines(*pair, len(wanted.names)) for pair in zip(outputs, wanted.layers, strict=True)]
         return tuple(float(x) for x in np.concatenate(cosines).mean(0))

@@ -242,12 +242,12 @@ class _Bench:
             body = json.loads(path.read_text("utf-8"))
             return Real(**{**body, "fidelity": wire.Fidelity(**body["fidelity"])})
         model, rows = self.made(recipe)
-        (program,) = self.export.module.export(model, self.export.precisions)
+        (program,) = self.export.programs(model)
         outputs = check.run(program, described(program), rows.rows, lambda _n: None)
         found = check.fidelity(
             self.model, outputs, check.reference(self.model, self.rows.rows, lambda _n: None), rows.labels
         )
-        (dense,) = self.export.module.export(self.model, self.export.precisions) if trial >= 0 else (program,)
+        (dense,) = self.export.programs(self.model) if trial >= 0 else (program,)
         here, ratio = _timed(program, rows, dense, self.rows)
         tokens = [cases.length(row) for row in rows.rows]
         rates = predict.on(self.device, program.format, program.precision)

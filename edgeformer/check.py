@@ -18,13 +18,14 @@ from .errors import BadInput, ExportError, GateFailed
 from .model import Model
 from .program import Program
 
+LIMITS = {"likelihood": "agreement"}  # measure -> field of the gate, where it is not its name
 DEFAULT_GATE = wire.Gate(metric_ratio=0.99, cosine=0.985, agreement=0.98, correlation=0.985, loosened=False)
 
 
 def gate(limit: wire.Gate | float | None) -> wire.Gate:
     """
     None is the default. A number sets the share of fp32 that must be kept: of the metric, and as the least cosine,
-    agreement or correlation where there are no labels. Raises BadInput outside [0, 1].
+    agreement (of a decoder: likelihood) or correlation where there are no labels. Raises BadInput outside [0, 1].
     """
     if limit is None:
         return DEFAULT_GATE
@@ -92,7 +93,8 @@ def hold(name: str, found: wire.Fidelity, limit: wire.Gate) -> None:
         of = f"{limit.metric_ratio:.2%} of fp32's {found.reference:.4f}"
         share = 1 - (found.reference - found.value) / size if size else 0.0
     else:
-        what, got, least = f"mean {found.measure} with fp32", found.mean, float(getattr(limit, found.measure))
+        field = LIMITS.get(found.measure, found.measure)
+        what, got, least = f"mean {found.measure} with fp32", found.mean, float(getattr(limit, field))
         of, share = f"the worst row has {found.worst:.4f}", found.mean
     if not got >= least:  # NaN fails too
         digits = 8 if 0 <= least - got < 1e-4 else 4  # "1.0000 is below 1.0000" helps nobody

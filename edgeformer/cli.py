@@ -246,24 +246,28 @@ def build(
     [dim]edgeformer build --model ./my-model --target raspberry-pi-4 --target pixel-7 --data texts.txt[/]
     """
     from .build import build as run_build
+    from .stages import Stages
     from .summary import table, to_json
 
     screen: Screen = context.obj
     with _bars(screen) as progress, _quiet(screen):
+        stages = Stages(progress)
         limits = _limits(max_latency_ms, max_size_mb, max_drop)
         bundles = run_build(
             model, target, data=data, task=task, out=out, precision=precision or None, formats=format, gate=gate,
             attention=attention, budget=budget,
             lengths=length, name=name, version=bundle_version, expires=expires, key=key, overwrite=overwrite,
-            recipe=recipe, train=train, limits=limits, trials=trials, progress=progress,
+            recipe=recipe, train=train, limits=limits, trials=trials, progress=stages,
         )  # fmt: skip
+    cost = stages.cost()
     if as_json:
-        documents = [to_json(bundle.manifest, ()).rstrip() for bundle in bundles]
+        documents = [to_json(bundle.manifest, (), cost=cost).rstrip() for bundle in bundles]
         _document(screen, documents[0] if len(documents) == 1 else "[\n" + ",\n".join(documents) + "\n]")
         return
     for bundle in bundles:
         screen.err.print(table(bundle.manifest, ()))
         screen.out.print(str(bundle.path), soft_wrap=True)
+    screen.err.print(cost.words(), style="dim", soft_wrap=True)
 
 
 def _limits(max_latency_ms: float | None, max_size_mb: float | None, max_drop: float | None) -> Any:

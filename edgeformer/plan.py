@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import gc
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from . import device as devices, formats as registry
 from .attention.reference import THRESHOLD
 from .errors import BadInput, FormatNotYet, UnknownFormat
+
+if TYPE_CHECKING:
+    from .model import Model
+    from .program import Program
 
 PRECISIONS = {  # what a format's own `PRECISIONS` may name
     "int8": "int8 weights and embeddings per output channel, activations quantized per call or kept in float",
@@ -32,6 +39,32 @@ class Export:
     def rule(self) -> int:
         """By which its sparse attention keeps blocks."""
         return int(getattr(self.module, "RULE", THRESHOLD))
+
+    def programs(self, model: Model) -> Iterator[Program]:
+        """In the order of the precisions. Raises ExportError."""
+        made = iter(self.module.export(model, self.precisions))
+        while True:
+            with _uncollected():
+                program = next(made, None)
+            if program is None:
+                return
+            yield program
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """
+    No garbage collection meanwhile: it walks the graphs' nodes over and over, a fifth of an export's time. Afterwards
+    all at once, so that the next format does not come on top of what this one left.
+    """
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+            gc.collect()
 
 
 @dataclass(frozen=True)

@@ -228,12 +228,12 @@ def _frame(across: Scale, up: Scale, units: tuple[str, str]) -> str:
 def _placed(words: str, x: float, y: float, taken: list[tuple[float, float, float, float]]) -> str:
     """The name beside its mark, at the first place that nothing else has; `taken` gets its box."""
     wide = 6.1 * len(words)
-    beside = [(x + 9, y + 4 + lift, "") for lift in (0, -9, 9, -18, 18)]
-    beside += [(x - 9, y + 4 + lift, "end") for lift in (0, -9, 9, -18, 18)]
-    beside += [(x + 9, y + 4 + lift, "") for lift in (-30, 30, -42, 42)]
+    lifts = (0, -9, 9, -18, 18, -30, 30, -42, 42, -54, 54)
+    beside = [(x + 9 * way, y + 4 + lift, side) for lift in lifts for way, side in ((1, ""), (-1, "end"))]
+    beside += [(x, y + 4 + lift, "middle") for lift in (-14, 16, -28, 30, -42, 44, -56, 58)]
 
     def box(left: float, middle: float, side: str) -> tuple[float, float, float, float]:
-        start = left - wide if side else left
+        start = left - wide * {"": 0, "middle": 0.5, "end": 1}[side]
         return start, middle - 10, start + wide, middle + 3
 
     def free(place: tuple[float, float, str]) -> bool:
@@ -243,8 +243,13 @@ def _placed(words: str, x: float, y: float, taken: list[tuple[float, float, floa
         return inside and not any(_overlap(a, b) for b in taken if b != own)
 
     chosen = next((place for place in beside if free(place)), beside[0])
-    taken.append(box(*chosen))
-    return _text(chosen[0], chosen[1], words, f"remark {chosen[2]}".strip())
+    left, top, right, bottom = box(*chosen)
+    taken.append((left, top, right, bottom))
+    named = _text(chosen[0], chosen[1], words, f"remark {chosen[2]}".strip())
+    if abs(chosen[1] - 4 - y) < 10:
+        return named
+    ends = min(max(x, left), right), top + 2 if top > y else bottom
+    return _line("rest", x, y, *ends) + named  # which mark it names, where it is not beside it
 
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:

@@ -66,6 +66,8 @@ NAMES = {
 MEASURES = {
     "agreement": "Circle: share of rows with the same answer. Diamond: the row whose class probabilities moved most, "
     "1 less their total variation.",
+    "likelihood": "Circle: what is left of each next token's likelihood. Diamond: the row whose probabilities moved "
+    "most, 1 less their total variation.",
     "correlation": "Circle: correlation over the rows. Diamond: the row farthest off, 1 less error over spread.",
 }
 COSTS = ("latency_ms", "memory_mb", "energy_mj")  # less is better, ratios share one axis
@@ -593,7 +595,7 @@ def _moved(before: str | None, after: str | None) -> Cell:
 def _bundle(page: Page) -> str:
     made = page.manifest
     gate = made.gate
-    least = f"metric {gate.metric_ratio:g} × fp32, cosine {gate.cosine:g}, agreement {gate.agreement:g}"
+    least = f"metric {gate.metric_ratio:g} × fp32, cosine {gate.cosine:g}, agreement or likelihood {gate.agreement:g}"
     least += f", correlation {gate.correlation:g}{', loosened by hand' if gate.loosened else ''}"
     identity = {
         "name": f"{made.name} {made.version}",

@@ -4,11 +4,13 @@ A manifest and its reports as rows, one per program and report: what the termina
 A report is somebody else's text: its words reach a screen only through `clean`, its numbers through `number`.
 """
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
@@ -31,6 +33,9 @@ from edgeformer_agent.wire import (
 )
 
 from .compare import Comparison, best, machine, not_as_predicted
+
+if TYPE_CHECKING:
+    from .stages import Cost
 
 SCHEMA = "edgeformer.summary/1"
 FAILED = "self_check_failed"
@@ -212,8 +217,10 @@ def _caption(found: Sequence[Row], reports: Sequence[Report]) -> Text:
     return caption
 
 
-def to_json(manifest: Manifest, reports: Sequence[Report], comparisons: Sequence[Comparison] = ()) -> str:
-    """One document with everything the page shows, unrounded, samples included."""
+def to_json(
+    manifest: Manifest, reports: Sequence[Report], comparisons: Sequence[Comparison] = (), cost: Cost | None = None
+) -> str:
+    """One document with everything the page shows, unrounded, samples included. cost: of the build just done."""
     said = json.loads(dump(manifest))
     essentials = ("name", "version", "target", "expires", "builder", "task", "gate", "history")
     programs = ("name", "format", "precision", "size_bytes", "lengths", "predicted", "checked")
@@ -226,6 +233,7 @@ def to_json(manifest: Manifest, reports: Sequence[Report], comparisons: Sequence
         },
         "reports": [json.loads(dump(report)) for report in reports],
         "comparisons": [_finite(asdict(comparison)) for comparison in comparisons],
+        **({"build": asdict(cost)} if cost else {}),
     }
     return json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False)
 

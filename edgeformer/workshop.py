@@ -93,7 +93,7 @@ class Workshop:
         if key not in self._made:
             made = []
             self.report(f"export {export.name}", 0, len(export.precisions))
-            for program in export.module.export(model, export.precisions):
+            for program in export.programs(model):
                 made.append(self._check(model, program))
                 self.report(f"export {export.name}", len(made), len(export.precisions))
             self._made[key] = tuple(made)

@@ -103,6 +103,19 @@ def test_tokens_are_judged_one_by_one() -> None:
     assert score.metric(TOKENS, [got[0] * NAN, got[1]], labels) == 1 / 3
 
 
+def test_next_tokens_are_judged_by_what_is_left_of_their_likelihood() -> None:
+    """A turned close call costs what it is worth; the same number of turned answers that were sure costs all."""
+    close, sure = np.log([0.51, 0.49]), np.log([0.999, 0.001])
+    same = score.fidelity(NEXT, [close + 7, sure], [close, sure])
+    assert (same.measure, same.mean, same.worst) == ("likelihood", pytest.approx(1), pytest.approx(1))
+    turned = score.fidelity(NEXT, [close[::-1], sure], [close, sure])
+    assert turned.mean == pytest.approx(np.exp(-0.02 * np.log(0.51 / 0.49) / 2)) and turned.mean > 0.999
+    wrong = score.fidelity(NEXT, [close, sure[::-1]], [close, sure])
+    assert wrong.mean == pytest.approx(np.exp(-0.998 * np.log(999) / 2)) and wrong.worst == pytest.approx(0.002)
+    assert score.fidelity(NEXT, [close, sure * NAN], [close, sure]).mean == 0
+    assert score.fidelity(NEXT, [[0.0, -2000.0]], [[0.0, 0.0]]).mean == pytest.approx(0)  # no overflow
+
+
 def answer(start: int, end: int, tokens: int = 8) -> Any:
     logits = np.zeros((tokens, 2))
     logits[start, 0] = logits[end, 1] = 5
@@ -151,7 +164,8 @@ def test_a_word_of_several_tokens_must_be_right_in_all() -> None:
     assert score.metric(NEXT, rows, labels) == 0.5
     assert score.metric(NEXT, rows, [labels[0], np.array([4, 2]), labels[2]]) == 0
     assert score.metric(NEXT, [rows[0], [NAN, 0.0, 0.0], rows[2]], labels) == 0
-    assert score.fidelity(NEXT, rows, rows[:2] + rows[1:2], labels).mean == pytest.approx(2 / 3)
+    found = score.fidelity(NEXT, rows, rows[:2] + rows[1:2], labels)
+    assert (found.value, found.reference) == (0.5, 1.0)
 
 
 def test_spearman() -> None:

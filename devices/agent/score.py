@@ -8,6 +8,9 @@ Similarity of a row lies in [.., 1], 1 is equal:
                   the mean over the data is reported as agreement (share of distributions with the same argmax), its
                   minimum as the worst row. A row has one distribution (classification, next_token), one a token
                   (token_classification), or one over the tokens for each end of the answer (question_answering).
+  next_token      the mean is the likelihood that is left of each token fp32 would tell, exp(-KL divergence) with its
+                  mean over the rows: 1 / (1 + what perplexity gains). Few tokens are far ahead of all others, so which
+                  comes first turns with the smallest change and would take thousands of rows to say as much.
 """
 
 import json
@@ -25,7 +28,7 @@ MEASURE = {
     "regression": "correlation",
     "token_classification": "agreement",
     "question_answering": "agreement",
-    "next_token": "agreement",
+    "next_token": "likelihood",
 }
 METRICS = ("accuracy", "exact_match", "f1", "macro_f1", "mcc", "pearson", "spearman")
 IGNORED = -100  # the label of a token that is not judged: a special one, or the rest of a word
@@ -59,7 +62,7 @@ def similarity(task, got, want):
     # type: (wire.Task, Sequence[Any], Sequence[Any]) -> Any
     """One number a row; a row with a value that is not finite has similarity -1."""
     finite = np.array([bool(np.isfinite(row).all()) for row in got])
-    if MEASURE[task.kind] == "agreement":
+    if MEASURE[task.kind] in ("agreement", "likelihood"):
         pairs = zip(got, want, finite)
         return np.array([_overlap(_logits(task, a), _logits(task, b)) if ok else -1.0 for a, b, ok in pairs])
     safe, base = np.where(finite[:, None], _matrix(got), 0), _matrix(want)
@@ -162,9 +165,20 @@ def _overlap(got, want):
     return float((1 - abs(_softmax(got) - _softmax(want)).sum(axis=1) / 2).mean())
 
 
+def _divergence(got, want):
+    # type: (Any, Any) -> float
+    """Kullback-Leibler's, in nats: what a text that `want` told costs more where `got` reads it."""
+    logs = [x - x.max(axis=1, keepdims=True) for x in (got, want)]
+    ours, theirs = [x - np.log(np.exp(x).sum(axis=1, keepdims=True)) for x in logs]
+    return float(max(0.0, (np.exp(theirs) * (theirs - ours)).sum(axis=1).mean()))
+
+
 def _mean(task, got, want, rows):
     # type: (wire.Task, Sequence[Any], Sequence[Any], Any) -> float
     finite = all(np.isfinite(row).all() for row in got)
+    if MEASURE[task.kind] == "likelihood":
+        lost = [_divergence(_logits(task, a), _logits(task, b)) for a, b in zip(got, want)] if finite else [np.inf]
+        return float(np.exp(-np.mean(lost)))
     if MEASURE[task.kind] == "agreement":
         same = [_logits(task, a).argmax(axis=1) == _logits(task, b).argmax(axis=1) for a, b in zip(got, want)]
         return float(np.concatenate(same).mean()) if finite else 0.0

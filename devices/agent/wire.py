@@ -65,7 +65,7 @@ class Prediction(NamedTuple):
 class Fidelity(NamedTuple):
     """How close a program is to the fp32 PyTorch model, and how well it does the task."""
 
-    measure: str  # cosine | agreement | correlation
+    measure: str  # cosine | agreement | correlation | likelihood
     mean: float
     worst: float  # the least similar row
     max_abs: float  # largest absolute difference of any output value

@@ -11,9 +11,7 @@ whose keys and values it is given.
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from math import prod
 from typing import Any
@@ -60,8 +58,7 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
         try:
             graph = _graph(model, module)
             further = {} if model.past is None else {NEXT: _next_graph(model, module, model.past)}
-            with _uncollected():
-                content = _lowered({"": graph, **further}, max(model.max_length, 2))
+            content = _lowered({"": graph, **further}, max(model.max_length, 2))
         except Exception as error:
             raise ExportError(
                 f"executorch: {model.name} does not lower in {precision}: {type(error).__name__}: {error}"
@@ -140,18 +137,6 @@ def _partitioner(graph: Any, operators: list[Any] | None = None) -> Any:
 
 def _sparse(graph: Any) -> bool:
     return any(_name(node) == "dsa" for node in graph.graph.nodes)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage collection meanwhile: it walks the graphs' nodes over and over, a fifth of an export's time."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
 
 
 def _merge(graph: Any) -> None:

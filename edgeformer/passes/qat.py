@@ -20,11 +20,11 @@ from ..errors import BadInput
 from ..model import Model
 from ..train import Progress, Recipe, quiet
 from . import Pass
-from .distil import Losses, distil
+from .distil import Losses, Text, distil
 
 
 def train(
-    texts: Sequence[str],
+    texts: Sequence[Text],
     *,
     precision: str = "int4",
     activations: str = "tensor",

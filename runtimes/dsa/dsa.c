@@ -539,8 +539,10 @@ static void hide_future(const dsa_strip *t, int32_t strip, int32_t first_key, in
     }
 }
 
-/* Adds what each key's distance from each query is worth; in log2, as the logits are. */
-static void shift_by_position(const call *a, const dsa_strip *t, int32_t h, int32_t first_key, int32_t first_query) {
+/* Adds what each key's distance from each query is worth; in log2, as the logits are. Out of line, so that calls without
+ * a position bias execute what they did before there was one. */
+static __attribute__((noinline)) void shift_by_position(const call *a, const dsa_strip *t, int32_t h, int32_t first_key,
+                                                        int32_t first_query) {
     const int32_t far = a->c->positions, last_key = first_key + t->keys - 1;
     const float *bias = a->c->position_bias + (size_t)h * (2 * (size_t)far + 1) + far;
     float by[MAX_BLOCK + MAX_STRIP];

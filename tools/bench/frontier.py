@@ -18,8 +18,9 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ from tools.bench.turns import Entrant, Timing  # noqa: E402
 
 TASK = "sst2"
 CALIBRATION_ROWS, PRUNING_ROWS = 300, 512
-SCOUT_ROWS, SCOUT_ROUNDS = 40, 3  # to choose a setting
+SCOUT_ROWS, SCOUT_ROUNDS = 30, 3  # to choose a setting
 TIMED_ROWS = 150
 KEEP = 0.3
 WITHIN = 0.99  # of fp32's accuracy: what a peer's best setting must keep
@@ -99,7 +100,7 @@ class Tried(NamedTuple):
 
     peer: str
     setting: str
-    accuracy: float
+    accuracy: float | None  # of those only that were fast enough to be chosen
     cpu_ms: float
     size_mb: float
     chosen: bool
@@ -120,33 +121,44 @@ class Outcome:
 
 
 def ours(kit: Kit, named: Sequence[tuple[str, str]], folder: Path) -> Iterator[Entrant]:
-    """Exported here, or read from where they were saved; opened by the runners that devices use."""
-    yield from built(kit, "unmodified int8", kit.model, folder)
-    rows = data.load(kit.model, kit.source_data / "train.tsv", TASK, most=PRUNING_ROWS)
-    pruned = prune.structured(rows, keep=KEEP)(data.with_task(kit.model, rows))
-    yield from built(kit, f"pruned {KEEP:g}, no training", pruned, folder)
+    """Exported by this version, or read from where they were saved; opened by the runners that devices use."""
+
+    def pruned() -> Model:
+        rows = data.load(kit.model, kit.source_data / "train.tsv", TASK, most=PRUNING_ROWS)
+        return prune.structured(rows, keep=KEEP)(data.with_task(kit.model, rows))
+
+    own = {"unmodified int8": lambda: kit.model, f"pruned {KEEP:g} int8": pruned}
+    own |= {name: partial(cooked, kit, what) for name, what in named if is_recipe(what)}
+    for name, make in own.items():
+        yield from opened(kit, name, built(kit, name, make), folder)
     for name, what in named:
-        if what in recipe.names() or what.endswith(".toml"):
-            yield from built(kit, name, cooked(kit, what), folder)
-            continue
-        found = shelf.load(Path(what), kit.model)
-        read = data.load(found.model, kit.source_data / "dev.tsv", TASK)
-        size = shelf.tokenizer_mb(found.model)
-        for n, program in enumerate(found.programs):
-            title = f"{name}, {SHORT[program.format]}"
-            yield turns.entrant(title, program, folder / f"{name}-{n}", read, size, Path(what).name)
+        if not is_recipe(what):
+            yield from opened(kit, name, shelf.load(Path(what), kit.model), folder)
+
+
+def is_recipe(what: str) -> bool:
+    return what in recipe.names() or what.endswith(".toml")
+
+
+def opened(kit: Kit, name: str, found: shelf.Shelved, folder: Path) -> Iterator[Entrant]:
+    rows, size = data.load(found.model, kit.source_data / "dev.tsv", TASK), shelf.tokenizer_mb(found.model)
+    for n, program in enumerate(found.programs):
+        title, setting = f"{name}, {SHORT[program.format]}", found.facts.get("passes", "as saved")
+        yield turns.entrant(title, program, folder / f"{name}-{n}", rows, size, setting)
 
 
 SHORT = {"onnx": "ONNX", "litert": "LiteRT"}
 
 
-def built(kit: Kit, name: str, model: Model, folder: Path) -> Iterator[Entrant]:
-    rows = data.load(model, kit.source_data / "dev.tsv", TASK)
-    for format in FORMATS:
-        (program,) = formats.load(format).export(model, ["int8"])
-        title = f"{name}, {SHORT[format]}"
-        setting = ", ".join(step.name for step in model.history) or "as it is"
-        yield turns.entrant(title, program, folder / title, rows, shelf.tokenizer_mb(model), setting)
+def built(kit: Kit, name: str, make: Callable[[], Model]) -> shelf.Shelved:
+    """Kept in the work folder for as long as neither the model nor this version's code changes."""
+    folder = kit.folder / f"{name} {shelf.sources()[:16]}"
+    if not (folder / shelf.FACTS).is_file():
+        model = make()
+        exported = [next(formats.load(format).export(model, ["int8"])) for format in FORMATS]
+        passes = ", ".join(step.name for step in model.history) or "as it is"
+        shelf.save(folder, model, exported, {"passes": passes})
+    return shelf.load(folder, kit.model)
 
 
 def cooked(kit: Kit, name: str) -> Model:
@@ -164,10 +176,17 @@ def cooked(kit: Kit, name: str) -> Model:
     return recipe.cook(recipe.load(name), kitchen, data.with_task(kit.model, rows))
 
 
-def chosen(tried: Sequence[Tried], least: float) -> int:
-    """The place of the fastest that is accurate enough; of the fastest, where none is."""
-    fit = [i for i, x in enumerate(tried) if x.accuracy >= least]
-    return min(fit or range(len(tried)), key=lambda i: tried[i].cpu_ms)
+def chosen(ms: Sequence[float], accuracy: Callable[[int], float], least: float) -> tuple[int, dict[int, float]]:
+    """
+    The place of the fastest that is accurate enough, of the fastest where none is; and the accuracies that were needed
+    to know it.
+    """
+    order, known = sorted(range(len(ms)), key=ms.__getitem__), dict[int, float]()
+    for place in order:
+        known[place] = accuracy(place)
+        if known[place] >= least:
+            return place, known
+    return order[0], known
 
 
 def scouted(kit: Kit, least: float) -> tuple[list[Entrant], list[Tried]]:
@@ -175,18 +194,14 @@ def scouted(kit: Kit, least: float) -> tuple[list[Entrant], list[Tried]]:
     best, every = [], []
     for peer in peers.PEERS:
         settings = list(peer.settings(kit))
-        picked = turns.pick(len(kit.rows.rows), SCOUT_ROWS)
         numbered = [Entrant(**{**vars(x), "name": str(i)}) for i, x in enumerate(settings)]
-        ms = turns.timed(numbered, picked, SCOUT_ROUNDS)
-        tried = [
-            Tried(
-                peer.name, x.setting, turns.answers(x, TASK).estimates[0].value, ms[str(i)].cpu_ms, x.program_mb, False
-            )
-            for i, x in enumerate(settings)
-        ]
-        place = chosen(tried, least)
+        timing = turns.timed(numbered, turns.pick(len(kit.rows.rows), SCOUT_ROWS), SCOUT_ROUNDS)
+        ms = [timing[x.name].cpu_ms for x in numbered]
+        place, known = chosen(ms, lambda i, of=settings: turns.answers(of[i], TASK).estimates[0].value, least)
         best.append(settings[place])
-        every += [x._replace(chosen=i == place) for i, x in enumerate(tried)]
+        every += [
+            Tried(peer.name, x.setting, known.get(i), ms[i], x.program_mb, i == place) for i, x in enumerate(settings)
+        ]
         print(f"{peer.name}: {settings[place].setting}", file=sys.stderr, flush=True)
     return best, every
 
@@ -226,8 +241,8 @@ def run(kit: Kit, named: Sequence[tuple[str, str]], timed_rows: int, folder: Pat
 
 
 def best_peer(found: Sequence[tuple[str, float, Timing]], base: evaluate.Evaluation) -> str:
-    tried = [Tried(name, "", accuracy, timing.cpu_ms, 0, False) for name, accuracy, timing in found]
-    return tried[chosen(tried, WITHIN * base.estimates[0].value)].peer
+    place, _ = chosen([x[2].cpu_ms for x in found], lambda i: found[i][1], WITHIN * base.estimates[0].value)
+    return found[place][0]
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
@@ -240,10 +255,10 @@ def cells(line: Line) -> tuple[str, ...]:
         line.name,
         f"{line.accuracy.value:.4f}",
         f"{low}-{high}",
-        f"{difference.value:+.4f} ({difference.p_value:.2g})",
+        f"{difference.value:+.4f} ({difference.p_value:.1g})",
         f"{line.size_mb:.2f}",
-        f"{line.timing.ms:.3f}",
-        f"{line.timing.cpu_ms:.3f}",
+        f"{line.timing.ms:.2f}",
+        f"{line.timing.cpu_ms:.2f}",
         f"{line.speedup:.2f}",
         goals_said(line) if line.side == OURS else line.side,
     )
@@ -254,7 +269,7 @@ def goals_said(line: Line) -> str:
     reached = [goal.name for goal in GOALS if not line.missed(goal)]
     if reached:
         return f"reaches {', '.join(reached)}"
-    nearest = min(GOALS, key=lambda goal: len(line.missed(goal)))
+    nearest = min(GOALS, key=lambda goal: (len(line.missed(goal)), goal.speedup))
     return f"{nearest.name}: {', '.join(line.missed(nearest))}"
 
 
@@ -266,7 +281,9 @@ def table(outcome: Outcome) -> Table:
     made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title(outcome), caption=caption(outcome))
     made.title_justify = made.caption_justify = "left"
     for head in HEADS:
-        made.add_column(head.lstrip(">"), justify="right" if head.startswith(">") else "left")
+        made.add_column(
+            head.lstrip(">"), justify="right" if head.startswith(">") else "left", no_wrap=head != HEADS[-1]
+        )
     for line in ordered(outcome):
         style = "bold" if line.side == OURS and any(not line.missed(goal) for goal in GOALS) else ""
         made.add_row(*cells(line), style=style)
@@ -279,38 +296,55 @@ def title(outcome: Outcome) -> str:
 
 
 def caption(outcome: Outcome) -> str:
+    return "\n".join([*notes(outcome), *(" ".join(x) for x in goal_lines(outcome))])
+
+
+def notes(outcome: Outcome) -> list[str]:
     about = outcome.about
-    return (
+    return [
         f"ms, CPU ms: mean over {about['timed_rows']} rows of the median of {about['rounds']} turns, all programs "
         f"interleaved; load {about['load']}. x: over {outcome.best_peer}, the best peer of this run, by the clock that "
-        "says less. MB: program and tokenizer. to fp32: paired on the same rows, McNemar's exact p.\n"
-        + goal_words(outcome)
-    )
+        "says less. MB: program and tokenizer. to fp32: paired on the same rows, McNemar's exact p."
+    ]
 
 
-def goal_words(outcome: Outcome) -> str:
-    said = []
-    for goal in GOALS:
-        names = ", ".join(x.name for x in outcome.reached(goal)) or "nobody yet"
-        said.append(f"{goal.name}, accuracy {goal.accuracy} or more, {goal.size_mb:g} MB or less: {names}")
-    return "\n".join(said)
+def goal_lines(outcome: Outcome) -> list[tuple[str, str, str, str]]:
+    """Each goal, what it asks, and who reaches it."""
+    return [
+        (
+            f"{goal.name}:",
+            f"accuracy {goal.accuracy} or more,",
+            f"{goal.size_mb:g} MB or less:",
+            ", ".join(x.name for x in outcome.reached(goal)) or "nobody",
+        )
+        for goal in GOALS
+    ]
 
 
 def document(outcome: Outcome) -> str:
     head = f'<header><p class="kicker">edgeformer frontier</p><h1>{page.text(outcome.about["model"])}</h1>'
     head += f'<p class="lead">{page.text(title(outcome), 400)}</p></header>'
     body = head + page.section("frontier", "Accuracy against latency", picture(outcome))
-    heads = (*HEADS[:-1], *(f"goal {goal.name}" for goal in GOALS), "runtime", "setting")
-    lines = [(*cells(x)[:-1], *(verdict(x, goal) for goal in GOALS), x.runtime, x.setting) for x in ordered(outcome)]
-    body += page.section("programs", "Programs", page.table(caption(outcome), heads, lines))
+    heads = (*HEADS[:-1], *(f"goal {goal.name}" for goal in GOALS))
+    lines = [(*cells(x)[:-1], *(verdict(x, goal) for goal in GOALS)) for x in ordered(outcome)]
+    below = "".join(f'<p class="note">{page.text(x, 1000)}</p>' for x in notes(outcome))
+    goals = page.table("reached by", ("goal", "accuracy", "size", "by"), goal_lines(outcome))
+    body += page.section("programs", "Programs", page.table("slowest first", heads, lines) + below)
+    body += page.section("goals", "Goals", goals)
+    ran = [(x.name, x.runtime, x.setting) for x in ordered(outcome)]
+    body += page.section("made", "What ran", page.table("on one thread", ("program", "runtime", "setting"), ran))
     heads = ("peer", "setting", ">accuracy", ">CPU ms", ">MB", "")
     tried = [
-        (x.peer, x.setting, f"{x.accuracy:.4f}", f"{x.cpu_ms:.3f}", f"{x.size_mb:.2f}", "took part" if x.chosen else "")
+        (x.peer, x.setting, said(x.accuracy), f"{x.cpu_ms:.3f}", f"{x.size_mb:.2f}", "took part" if x.chosen else "")
         for x in outcome.tried
     ]
     words = f"The fastest of each peer that keeps {WITHIN:.0%} of fp32's accuracy took part; {SCOUT_ROWS} rows"
     body += page.section("settings", "Every setting that was tried", page.table(words, heads, tried))
     return page.document(f"{outcome.about['model']}: edgeformer frontier", body)
+
+
+def said(accuracy: float | None) -> str:
+    return "too slow to matter" if accuracy is None else f"{accuracy:.4f}"
 
 
 def verdict(line: Line, goal: Goal) -> str:

@@ -47,7 +47,7 @@ class Kit:
 
     def kept(self, name: str, make: Callable[[Path], object]) -> Path:
         """A file in the work folder, made once for these weights; `name` says with what versions and settings."""
-        path = self.work / self._digest / name
+        path = self.folder / name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -57,8 +57,9 @@ class Kit:
         return path
 
     @cached_property
-    def _digest(self) -> str:
-        return hashlib.sha256((self.source / "model.safetensors").read_bytes()).hexdigest()[:16]
+    def folder(self) -> Path:
+        """In the work folder, of these weights alone."""
+        return self.work / hashlib.sha256((self.source / "model.safetensors").read_bytes()).hexdigest()[:16]
 
     def entrant(self, name: str, runtime: str, setting: str, run: Run, size_bytes: int) -> Entrant:
         return Entrant(name, runtime, setting, run, self.rows, size_bytes / 1e6, shelf.tokenizer_mb(self.model))

@@ -7,6 +7,7 @@ the model's own.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -60,6 +61,16 @@ def load(path: Path, like: Model) -> Shelved:
 
 def tokenizer_mb(model: Model) -> float:
     return sum(len(x) for name, x in (model.files or {}).items() if name.startswith(f"{TOKENIZER}/")) / 1e6
+
+
+def sources() -> str:
+    """Digest of the code that makes programs and figures: what is kept is of this very version."""
+    root = Path(__file__).parents[2]
+    digest = hashlib.sha256()
+    for folder in ("edgeformer", "devices/agent"):
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _reading(folder: Path, like: Model) -> Model:

@@ -44,7 +44,6 @@ from tools.bench import shelf  # noqa: E402
 FORMATS = ("onnx", "litert")
 LENGTHS = (16, 32, 48, 64, 128)
 TRAIN_TOKENS = 64
-PRUNE_ROWS = 200
 TIMED_ROWS, ROUNDS = 150, 7
 SAY_EVERY_S = 30.0
 
@@ -68,16 +67,19 @@ class Plan:
     rank: int | None = None  # of the embeddings
     copies: int = 0  # texts made from each text
     dropout: float = 0.0
+    embeddings: bool = True  # learn too
     hard: float = 0.3  # weight of the labels, beside the teacher's answers
 
-    def cuts(self, texts: list[str]) -> list[Pass]:
+    def cuts(self, texts: list[str], rows: Path) -> list[Pass]:
         made = [student.layers(self.layers)] if self.layers else []
         made += [student.width(self.width[0], ffn=self.width[1])] if self.width else []
         made += [student.vocabulary(texts), student.positions(LENGTHS[-1])]
-        made += [prune.structured(texts[:: len(texts) // PRUNE_ROWS], keep=self.keep)] if self.keep else []
+        if keep := self.keep:  # rows are read by the model that is pruned, whose vocabulary is cut
+            made.append(lambda model: prune.structured(data.load(model, rows, "sst2"), keep=keep)(model))
         return made + ([student.embeddings(self.rank)] if self.rank else [])
 
-    def passes(self, teacher: Model, texts: list[str], labels: list[float], work: Path, progress: Any) -> list[Pass]:
+    def passes(self, teacher: Model, rows: Path, work: Path, progress: Any) -> list[Pass]:
+        texts, labels = read(rows)
         learn = distil.distil(
             teacher,
             texts,
@@ -86,15 +88,16 @@ class Plan:
             recipe=self.recipe,
             augment=distil.Augment(self.copies),
             dropout=self.dropout,
+            embeddings=self.embeddings,
             length=TRAIN_TOKENS,
             folder=work,
             progress=progress,
         )
-        return [*self.cuts(texts), learn]
+        return [*self.cuts(texts, rows), learn]
 
 
 PLANS = {
-    "small": Plan(Goal(0.8422, 4, 10), Recipe(epochs=8, batch=64, rate=8e-4), layers=2, width=(192, 512), rank=96),
+    "small": Plan(Goal(0.8422, 4, 10), Recipe(batch=64, rate=8e-4), layers=2, width=(192, 512), rank=128, copies=3),
     "medium": Plan(Goal(0.8599, 6, 5), Recipe(epochs=5, batch=64, rate=5e-4), layers=3, width=(256, 512), rank=128),
     "large": Plan(Goal(0.8776, 12, 2), Recipe(epochs=1, rate=1e-4), keep=0.25),
 }
@@ -135,7 +138,7 @@ class Said:
             print(f"{self.name}: {what} {done}/{total}, {left:.0f} s left", file=sys.stderr, flush=True)
 
 
-def texts(path: Path) -> tuple[list[str], list[float]]:
+def read(path: Path) -> tuple[list[str], list[float]]:
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
     return [row[0].strip() for row in rows], [float(row[1]) for row in rows]
@@ -175,9 +178,8 @@ def tokenizer_mb(model: Model) -> float:
 
 def made(plan: Plan, teacher: Model, folder: Path, work: Path, name: str) -> tuple[Model, float]:
     began = time.process_time()
-    found, labels = texts(folder / "train.tsv")
     model = teacher
-    for step in plan.passes(teacher, found, labels, work, Said(name)):
+    for step in plan.passes(teacher, folder / "train.tsv", work, Said(name)):
         model = step(model)
         print(f"{name}: {model.history[-1].name} {model.history[-1].facts}", file=sys.stderr, flush=True)
     return model, time.process_time() - began

@@ -38,7 +38,7 @@ from edgeformer import data, evaluate, formats, model as models, page, plot, tra
 from edgeformer.attention import dsa, swap  # noqa: E402
 from edgeformer.errors import BadInput, ExportError  # noqa: E402
 from edgeformer.model import Model  # noqa: E402
-from edgeformer.passes import depth, distil, dynamic, prune, sparsify, student, unstructured  # noqa: E402
+from edgeformer.passes import depth, distil, dynamic, mixed, prune, qat, sparsify, student, unstructured  # noqa: E402
 from edgeformer.program import Program  # noqa: E402
 from edgeformer.train import Recipe  # noqa: E402
 from tools.bench import peak_memory, shelf, turns  # noqa: E402
@@ -49,7 +49,7 @@ CALIBRATION_ROWS, TIMED_ROWS, ROUNDS, PEAK_ROWS = 512, 60, 5, 20
 # CPU seconds a text of training all layers took where this was written, its teacher's answers included: plans, not
 # figures. What a row really took stands in its line.
 SECONDS_A_TEXT = {"sst2": 0.010, "stsb": 0.020}
-RATE, BATCH = 3e-4, 32
+RATE, ROUNDED_RATE, BATCH = 3e-4, 2e-5, 32
 BLOCK = 64
 WIDTH = 100
 HEADS = ("technique", "runtime", ">M par.", ">x", ">paper", ">score", ">%", ">paper", ">MB", ">peak MB")
@@ -86,7 +86,7 @@ class Bench:
 
     def learned(self, model: Model, losses: distil.Losses) -> Model:
         """Distilled from the unmodified model, within the minutes."""
-        texts = self._texts()
+        texts = self.texts()
         step = distil.distil(
             self.model,
             texts,
@@ -98,7 +98,7 @@ class Bench:
         )
         return step(model)
 
-    def _texts(self) -> list[Any]:
+    def texts(self) -> list[Any]:
         """As many as the minutes allow, evenly spread; pairs where the task has them."""
         found = data.pairs(self.folder / "train.tsv", self.task)
         count = max(int(60 * self.minutes / SECONDS_A_TEXT[self.task]), BATCH)
@@ -143,10 +143,6 @@ class Line:
     @property
     def percent(self) -> float:
         return 100 * self.score / self.baseline
-
-
-class AbsentError(Exception):
-    """Why a technique has no program here."""
 
 
 # --- the techniques ---------------------------------------------------------------------------------------------------
@@ -238,11 +234,14 @@ def attention(make: Callable[[], torch.nn.Module], learn: bool) -> Callable[[Ben
     return run
 
 
-def unbuilt(what: str) -> Callable[[Bench], Model]:
-    def make(_bench: Bench) -> Model:
-        raise AbsentError(f"not built: this version has no {what}")
+def rounded(bench: Bench) -> Model:
+    """Trained with the rounding that the program will have."""
+    recipe = Recipe(epochs=1, batch=BATCH, rate=ROUNDED_RATE)
+    return qat.train(bench.texts(), precision="int4", recipe=recipe, folder=bench.work / "learning")(bench.model)
 
-    return make
+
+def mixed_layers(bench: Bench) -> Model:
+    return mixed.layers(bench.rows, precision="int4", loss=0.05)(bench.model)
 
 
 def techniques() -> Iterator[Technique]:
@@ -252,8 +251,9 @@ def techniques() -> Iterator[Technique]:
     yield Technique("unstructured pruning", zeros, note="half of the weights are 0; no runtime here skips them")
     yield Technique("dynamic pruning", tokens, note="60 % of the tokens go on after the second layer")
     yield Technique("quantization, after training", unmodified, precision="int8", formats=both)
-    yield Technique("quantization-aware training", unbuilt("pass for it"))
-    yield from mixed()
+    yield Technique("quantization, int4", unmodified, precision="int4", formats=both, note="groups of weights")
+    yield Technique("quantization-aware training", rounded, precision="int4", note="int4, trained with its rounding")
+    yield Technique("quantization, mixed", mixed_layers, precision="int4", note="int4, sensitive layers int8")
     response, features = distil.Losses(response=1.0), distil.Losses(response=1.0, feature=1.0)
     yield Technique("distillation, response", distilled(response), note="half of the layers")
     yield Technique("distillation, feature", distilled(features), note="half of the layers; response too")
@@ -269,18 +269,6 @@ def techniques() -> Iterator[Technique]:
     yield Technique("adaptive depth, fewer layers", fewer_layers, formats=both, note="4 of 6, no training")
     words = "pruned, distilled, int8; attention dense at this length"
     yield Technique("combined", combined, "int8", both, Claim(3.8, 91), words)
-
-
-def mixed() -> Iterator[Technique]:
-    """What the formats offer beside int8 and floating point."""
-    name, found = "quantization, mixed", False
-    for format in ("onnx", "litert"):
-        for precision in formats.load(format).PRECISIONS:
-            if precision not in ("fp32", "fp16", "int8"):
-                found = True
-                yield Technique(f"{name}, {precision}", unmodified, precision, (format,))
-    if not found:
-        yield Technique(name, unbuilt("precision beside int8 and fp32"))
 
 
 # --- one line ---------------------------------------------------------------------------------------------------------
@@ -304,7 +292,7 @@ class Judge:
             for format in (x for x in technique.formats if x in self.formats):
                 (program,) = formats.load(format).export(model, [technique.precision])
                 yield replace(self._line(blank, model, program), made_cpu_s=spent)
-        except (AbsentError, BadInput, ExportError) as error:
+        except (BadInput, ExportError) as error:
             yield replace(blank, absent=str(error))
 
     def _line(self, blank: Line, model: Model, program: Program) -> Line:
@@ -346,16 +334,6 @@ class Judge:
 def score(found: evaluate.Evaluation) -> float:
     """GLUE's: accuracy, or the mean of Pearson's and Spearman's correlation."""
     return sum(x.value for x in found.estimates) / len(found.estimates)
-
-
-def sources() -> str:
-    """Of everything that makes a figure here: a kept line is of this very code."""
-    root = Path(__file__).parents[2]
-    digest = hashlib.sha256()
-    for folder in ("edgeformer", "devices/agent", "tools/bench"):
-        for path in sorted((root / folder).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def kept(judge: Judge, technique: Technique, code: str) -> list[Line]:
@@ -497,7 +475,7 @@ def main() -> int:
         print(f"not there: {', '.join(missing)}", file=sys.stderr)
         return 3
     torch.set_num_threads(1)
-    code, lines = sources(), list[Line]()
+    code, lines = shelf.sources(), list[Line]()
     about = turns.machine() | {"minutes": arguments.minutes, "timed_rows": arguments.rows}
     for task in tasks:
         model = models.load(arguments.models / TASKS[task], lengths=LENGTHS)
