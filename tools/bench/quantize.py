@@ -35,7 +35,7 @@ def variants(texts: list[str], steps: int) -> Iterator[Variant]:
     yield "int8", "int8", None
     yield "int4-embeddings", "int4-embeddings", None
     yield "int4", "int4", None
-    for loss in (0.1, 0.05):
+    for loss in (0.08, 0.05):
         yield (
             f"int4 mixed, loss {loss}",
             "int4",
