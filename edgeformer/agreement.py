@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgeformer_agent import native as journal, runners, wire
+from edgeformer_agent import cases, native as journal, runners, wire
 
 from . import check, data as rows_of, formats as registry, model as models, native
 from .errors import EdgeformerError
@@ -31,6 +31,7 @@ from .workshop import BLOCK, Progress, described
 
 __all__ = ["Cell", "Matrix", "parity"]
 
+LAYER_ROWS = 4  # rows that layers are compared on, from the shortest to the longest: each gives all of its tokens
 DEPARTS = 0.99  # a layer whose tokens have a mean cosine below this has departed from PyTorch
 SCHEMA = "edgeformer.parity/2"
 
@@ -92,7 +93,7 @@ class Matrix:
 class _Wanted:
     """
     What a cell is held against: outputs of the dense model, of the same attention (and how close those are to each
-    other), and hidden states of the same.
+    other), and hidden states of the same on the rows `seen`.
     """
 
     model: Model
@@ -101,6 +102,7 @@ class _Wanted:
     dense: tuple[np.ndarray, ...]
     same: tuple[np.ndarray, ...]
     torch: wire.Fidelity
+    seen: tuple[cases.Row, ...]
     layers: tuple[np.ndarray, ...]
     names: tuple[str, ...]
 
@@ -122,7 +124,7 @@ def parity(
     Exports `model` in every format (or in `formats`) and says how close each program comes, whatever happens to others.
 
     budget: with Dynamic Sparse Attention that keeps this fraction of the blocks, trained on the data; None is dense.
-    layers: also compare the hidden states after each layer, at the price of a second export.
+    layers: also compare the hidden states after each layer, at the price of a second export (of one static length).
     Raises BadInput, UnknownFormat, MissingExtra.
     """
     report = progress or (lambda _what, _done, _total: None)
@@ -149,9 +151,22 @@ def _wanted(model: Model, rows: rows_of.Rows, dense: tuple[np.ndarray, ...], lay
     total = len(rows.rows)
     sparse = any(step.name == "sparsify.dsa" for step in model.history)
     same = check.reference(model, rows.rows, lambda n: report("sparse reference", n, total)) if sparse else dense
-    probe, names = probed(model) if layers else (None, ())
-    states = check.reference(probe, rows.rows, lambda n: report("layers", n, total)) if probe else ()
-    return _Wanted(model, probe, rows, dense, same, check.fidelity(model, same, dense, rows.labels), states, names)
+    torch_loss = check.fidelity(model, same, dense, rows.labels)
+    probe, names = probed(model) if layers else (model, ())
+    if not names:
+        return _Wanted(model, None, rows, dense, same, torch_loss, (), (), ())
+    seen = _spread(rows.rows)
+    longest = max(map(cases.length, seen))
+    probe = replace(probe, lengths=tuple(n for n in probe.lengths if n >= longest)[:1] or probe.lengths[-1:])
+    states = check.reference(probe, seen, lambda n: report("layers", n, len(seen)))
+    return _Wanted(model, probe, rows, dense, same, torch_loss, seen, states, names)
+
+
+def _spread(rows: Sequence[cases.Row]) -> tuple[cases.Row, ...]:
+    """`LAYER_ROWS` of all lengths."""
+    order = sorted(rows, key=cases.length)
+    places = {round(k * (len(order) - 1) / (LAYER_ROWS - 1)) for k in range(LAYER_ROWS)}
+    return tuple(order[i] for i in sorted(places))
 
 
 def _cells(export: Export, wanted: _Wanted, report: Progress) -> Iterator[Cell]:
@@ -213,7 +228,7 @@ def _layers(precision: str, export: Export, wanted: _Wanted) -> tuple[float, ...
         return ()
     with suppress(EdgeformerError):
         (program,) = replace(export, precisions=(precision,)).programs(wanted.probe)
-        outputs = check.run(program, described(program), wanted.rows.rows, lambda _n: None)
+        outputs = check.run(program, described(program), wanted.seen, lambda _n: None)
         cosines = [_cosines(*pair, len(wanted.names)) for pair in zip(outputs, wanted.layers, strict=True)]
         return tuple(float(x) for x in np.concatenate(cosines).mean(0))
     return ()

@@ -8,7 +8,7 @@ from rich.text import Text
 from edgeformer_agent.wire import Fidelity
 
 from . import plot
-from .agreement import DEPARTS, Cell, Matrix
+from .agreement import DEPARTS, LAYER_ROWS, Cell, Matrix
 from .page import document, figure, section, table as html_table, text
 from .summary import MISSING, number
 
@@ -57,7 +57,8 @@ def _title(matrix: Matrix) -> str:
 
 def _notes(matrix: Matrix) -> list[str]:
     words = [
-        f"departs: first layer whose tokens have a mean cosine below {DEPARTS:g} to PyTorch with the same attention"
+        f"departs: first layer whose tokens have a mean cosine below {DEPARTS:g} to PyTorch with the same attention, "
+        f"on {min(LAYER_ROWS, matrix.rows)} rows"
     ]
     own = {cell.format: _share(cell.torch) for cell in matrix.cells if cell.torch}
     if matrix.budget is not None and own:

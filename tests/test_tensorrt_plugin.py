@@ -6,6 +6,7 @@ through its life in a stub host. Nothing here ran on a GPU or met TensorRT.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 import os
 import re
@@ -54,6 +55,7 @@ def compiled(source: Path, folder: Path, *more: str) -> Path:
 def opened(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.edgeformer_dsa_calls.restype = ctypes.c_int64
+    library.edgeformer_dsa_kept.restype = ctypes.c_int32
     library.test_from_half.restype = ctypes.c_float
     return library
 
@@ -120,6 +122,11 @@ def check_whole(library: ctypes.CDLL, name: str, dtype: Any) -> None:
     status, out = call(library, "test_plugin", config, tensors, kept)
     assert status == 0
     np.testing.assert_array_equal(kept[..., 0], want.cnt)
+    pair = (ctypes.c_int64 * 2)()
+    assert library.edgeformer_dsa_kept(1, pair) == 1
+    all_kept = dataclasses.replace(config, dense_below=1 << 30, max_blocks=0)
+    candidates = ref.select(all_kept, wide[0], wide[1], scorer, *lengths).cnt.sum()
+    assert tuple(pair) == (want.cnt.sum(), candidates)
     used = np.arange(want.idx.shape[-1]) < want.cnt[..., None]
     np.testing.assert_array_equal(kept[..., 1 : 1 + want.idx.shape[-1]][used], want.idx[used])
     exact = ref.attend(config, *wide, want, *lengths, position_bias=position_bias)

@@ -64,7 +64,7 @@ def measure(folder, manifest, entry, options):
     )
     if not golden.passed:
         return result
-    journal = native.journal(run, library) if library else None
+    journal = native.journal(run, library)
     return _steady(folder, manifest, run, options, result, held_mb, journal)
 
 

@@ -88,10 +88,18 @@ def compare(folder, manifest, entry, threads, library):
 
 
 def journal(run, library):
-    # type: (Any, str) -> Optional[Journal]
+    # type: (Any, Optional[str]) -> Optional[Journal]
     """Of what the function `run`, loaded with this library, lets our operator do; None where it has none to run."""
-    counters = run.counters if hasattr(run, "counters") else _InProcess(library).read
+    if not hasattr(run, "counters") and library is None:
+        return None
+    counters = run.counters if hasattr(run, "counters") else in_process(library)
     return Journal(counters) if counters else None
+
+
+def in_process(library):
+    # type: (Any) -> Callable[[], Any]
+    """The counters of a library of ours, a path, that a runtime has loaded into this process."""
+    return _InProcess(library).read
 
 
 class _InProcess:

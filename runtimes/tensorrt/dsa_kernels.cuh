@@ -129,6 +129,17 @@ __device__ inline int32_t how_many(const Call &c, const float *mass, const int32
     return smaller(keep, c.rules.max_blocks ? smaller(c.rules.max_blocks, n) : n);
 }
 
+// How many key blocks query block i may choose from.
+template <typename T>
+__device__ inline int32_t candidates(const Operands<T> &in, const Call &c, int32_t b, int32_t i) {
+    const Rules &r = c.rules;
+    const int32_t valid_q = smaller(in.q_len[b], c.rows), valid_k = smaller(in.kv_len[b], c.keys);
+    const int32_t last = r.q_offset + smaller((i + 1) * r.block_q, valid_q) - 1;
+    if (i * r.block_q >= valid_q || valid_k <= 0) return 0;
+    const int32_t n = (valid_k + r.block_k - 1) / r.block_k;
+    return !r.causal ? n : last < 0 ? 0 : smaller(n, last / r.block_k + 1);
+}
+
 // grid (q_blocks, batch * lists), threads SELECT_THREADS, shared 3 * k_blocks. A list is a count, then the kept key
 // blocks in ascending order: kept is (batch * lists, q_blocks, 1 + k_blocks).
 template <typename T>
@@ -138,12 +149,9 @@ __global__ void select_blocks(Operands<T> in, const float *pooled, int32_t *kept
     int32_t *order = (int32_t *)(shared + 2 * c.k_blocks);
     const Rules &r = c.rules;
     const int32_t i = blockIdx.x, list = blockIdx.y, b = list / c.lists, s = list % c.lists;
-    const int32_t valid_q = smaller(in.q_len[b], c.rows), valid_k = smaller(in.kv_len[b], c.keys);
     const int32_t first = r.q_offset + i * r.block_q;
-    const int32_t last = r.q_offset + smaller((i + 1) * r.block_q, valid_q) - 1;
-    int32_t n = valid_k > 0 ? (valid_k + r.block_k - 1) / r.block_k : 0;
-    if (r.causal) n = last < 0 ? 0 : smaller(n, last / r.block_k + 1);
-    if (i * r.block_q >= valid_q) n = 0;
+    const int32_t last = r.q_offset + smaller((i + 1) * r.block_q, smaller(in.q_len[b], c.rows)) - 1;
+    const int32_t n = candidates(in, c, b, i);
     int32_t *out = kept + ((size_t)list * c.q_blocks + i) * (1 + c.k_blocks);
     for (int32_t j = threadIdx.x; j < n; j += SELECT_THREADS) mass[j] = 0.0f;
     __syncthreads();
@@ -170,6 +178,23 @@ __global__ void select_blocks(Operands<T> in, const float *pooled, int32_t *kept
             if (z[j] > 0.0f) out[1 + count++] = j;
         out[0] = count;
     }
+}
+
+// grid 1, threads SELECT_THREADS, shared 2 * SELECT_THREADS: blocks kept and blocks that were candidates, over all lists.
+template <typename T>
+__global__ void count_blocks(Operands<T> in, const int32_t *kept, int32_t *counted, Call c) {
+    DSA_SHARED(shared);
+    int32_t *sums = (int32_t *)shared, taken = 0, all = 0;
+    for (int32_t x = threadIdx.x; x < c.batch * c.lists * c.q_blocks; x += SELECT_THREADS) {
+        taken += kept[(size_t)x * (1 + c.k_blocks)];
+        all += candidates(in, c, x / c.q_blocks / c.lists, x % c.q_blocks);
+    }
+    sums[2 * threadIdx.x] = taken, sums[2 * threadIdx.x + 1] = all;
+    __syncthreads();
+    if (threadIdx.x > 1) return;
+    int32_t sum = 0;
+    for (int32_t x = 0; x < SELECT_THREADS; ++x) sum += sums[2 * x + threadIdx.x];
+    counted[threadIdx.x] = sum;
 }
 
 // grid (q_blocks, batch * heads), threads block_q, shared 2 * TILE * DIM. One query row a thread; tiles of keys and
@@ -257,6 +282,13 @@ inline void select(const Operands<T> &in, float *pooled, int32_t *kept, const Ca
                in, pooled, c);
     DSA_LAUNCH(select_blocks<T>, dsa_dim3(c.q_blocks, c.batch * c.lists), dsa_dim3(SELECT_THREADS),
                3 * sizeof(float) * c.k_blocks, stream, in, pooled, kept, c);
+}
+
+// counted: room for two numbers on the device.
+template <typename T>
+inline void count(const Operands<T> &in, const int32_t *kept, int32_t *counted, const Call &c, cudaStream_t stream) {
+    DSA_LAUNCH(count_blocks<T>, dsa_dim3(1), dsa_dim3(SELECT_THREADS), 2 * sizeof(int32_t) * SELECT_THREADS, stream, in,
+               kept, counted, c);
 }
 
 template <typename T, int DIM>

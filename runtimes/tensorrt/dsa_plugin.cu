@@ -12,11 +12,35 @@
 
 #define EDGEFORMER_API extern "C" __attribute__((visibility("default")))
 
+enum { JOURNAL = 1024 };  // calls that are remembered: more layers than any model has
 static std::atomic<long long> calls{0};
+
+// On the device: what each of the last calls kept, of how many candidates. NULL where there was no memory for it.
+static int32_t *journal() {
+    static int32_t *const made = [] {
+        void *memory = nullptr;
+        return cudaMalloc(&memory, 2 * JOURNAL * sizeof(int32_t)) == cudaSuccess ? (int32_t *)memory : nullptr;
+    }();
+    return made;
+}
 
 // The proof of what ran: how often the plugin was enqueued in this process. A replayed CUDA graph is not counted.
 EDGEFORMER_API int64_t edgeformer_dsa_calls() { return calls.load(); }
 EDGEFORMER_API void edgeformer_dsa_reset() { calls = 0; }
+
+// Pairs of kept and candidate blocks of the last calls (at most `most`), oldest first; returns how many. The stream has
+// ended when the caller asks.
+EDGEFORMER_API int32_t edgeformer_dsa_kept(int32_t most, int64_t *pairs) {
+    const long long made = calls;
+    int32_t n = most < JOURNAL ? most : JOURNAL, found[2];
+    if (made < n) n = (int32_t)made;
+    for (int32_t i = 0; i < n; ++i) {
+        const int32_t *from = journal() ? journal() + (made - n + i) % JOURNAL * 2 : nullptr;
+        if (!from || cudaMemcpy(found, from, sizeof found, cudaMemcpyDeviceToHost) != cudaSuccess) return 0;
+        pairs[2 * i] = found[0], pairs[2 * i + 1] = found[1];
+    }
+    return n;
+}
 EDGEFORMER_API const char *edgeformer_dsa_kernels() { return "cuda"; }
 
 namespace edgeformer {
@@ -103,9 +127,9 @@ class Plugin : public IPluginV2DynamicExt {
                     void *workspace, cudaStream_t stream) noexcept override {
         const Call c = call_of(rules_, in);
         if (why_not(c)) return 1;
-        ++calls;
-        return in[Q].type == DataType::kHALF ? run<dsa_half>(c, x, y, workspace, stream)
-                                             : run<float>(c, x, y, workspace, stream);
+        const long long call = calls++;
+        return in[Q].type == DataType::kHALF ? run<dsa_half>(c, call, x, y, workspace, stream)
+                                             : run<float>(c, call, x, y, workspace, stream);
     }
     DataType getOutputDataType(int32_t, const DataType *types, int32_t) const noexcept override { return types[Q]; }
     const char *getPluginType() const noexcept override { return "EdgeformerDSA"; }
@@ -121,11 +145,12 @@ class Plugin : public IPluginV2DynamicExt {
 
    private:
     template <typename T>
-    static int32_t run(const Call &c, const void *const *x, void *const *y, void *workspace, cudaStream_t stream) {
+    static int32_t run(const Call &c, long long call, const void *const *x, void *const *y, void *workspace, cudaStream_t stream) {
         const Operands<T> in = operands_of<T>(x);
         float *pooled = static_cast<float *>(workspace);
         int32_t *kept = reinterpret_cast<int32_t *>(static_cast<char *>(workspace) + pooled_bytes(c));
         select(in, pooled, kept, c, stream);
+        if (journal()) count(in, kept, journal() + call % JOURNAL * 2, c, stream);
         attend(in, kept, static_cast<T *>(y[0]), c, stream);
         return cudaGetLastError() == cudaSuccess ? 0 : 1;
     }

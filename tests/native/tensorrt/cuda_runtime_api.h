@@ -17,6 +17,9 @@ inline cudaError_t cudaMalloc(void **to, size_t bytes) {
     return *to ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 inline cudaError_t cudaFree(void *p) { return free(p), cudaSuccess; }
+inline cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind) {
+    return memcpy(to, from, bytes), cudaSuccess;
+}
 inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
     return memcpy(to, from, bytes), cudaSuccess;
 }
