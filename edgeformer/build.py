@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
     import torch
 
+    from .budget import Limits
     from .data import Data, Rows
     from .model import Model, Source
     from .passes import Pass
     from .recipe import Recipe
-    from .search import Limits
     from .workshop import Made
 
 ATTENTION = ("auto", "dense", "dsa")

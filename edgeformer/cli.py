@@ -194,7 +194,10 @@ def build(
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the bundle's folder goes.")] = Path("dist"),
     precision: Annotated[
         list[str] | None,
-        typer.Option(help="int8, int4, fp16, fp32; repeatable. [dim]\\[default: the format's own][/]"),
+        typer.Option(
+            help="int8, int8-static, int4-embeddings, int4, fp16, fp32; repeatable. "
+            "[dim]\\[default: the format's own][/]"
+        ),
     ] = None,
     format: Annotated[
         list[str] | None, typer.Option(help="Some of the target's formats. [dim]\\[default: all][/]")
@@ -270,7 +273,7 @@ def build(
 def _limits(max_latency_ms: float | None, max_size_mb: float | None, max_drop: float | None) -> Any:
     if (max_latency_ms, max_size_mb, max_drop) == (None, None, None):
         return None
-    from .search import Limits
+    from .budget import Limits
 
     return Limits(max_latency_ms, max_size_mb, max_drop)
 
@@ -301,9 +304,9 @@ def search(
     """
     screen: Screen = context.obj
     with _bars(screen) as progress, _quiet(screen):
+        from .budget import Limits, search as run_search
         from .frontier import page, table
         from .recipe import dump
-        from .search import Limits, search as run_search
 
         found = run_search(
             model, target, Limits(max_latency_ms, max_size_mb, max_drop), data=data, task=task, train=train,
@@ -351,8 +354,8 @@ def parity(
     """
     screen: Screen = context.obj
     with _bars(screen) as progress, _quiet(screen):
+        from .agreement import parity as run_parity
         from .matrix import page, table
-        from .parity import parity as run_parity
 
         found = run_parity(
             model, formats=format, precision=precision, data=data, task=task, budget=budget, layers=layers,

@@ -106,6 +106,12 @@ def texts(path: str | Path, task: str | None) -> Texts:
     return Texts(tuple(row[0] for row in rows), tuple(float(row[-1]) for row in rows))
 
 
+def pairs(path: str | Path, task: str) -> tuple[str | tuple[str, str], ...]:
+    """The texts of each row of a table, as a tokenizer takes them: one, or the two of a pair. Raises BadInput."""
+    table = [row for _, row in _rows(Path(path).expanduser(), task)]
+    return tuple(row[0] if len(row) == 2 else (row[0], row[1]) for row in table)
+
+
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text("utf-8-sig").split("\n")  # splitlines() also cuts at U+2028

@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.table import Table
 
 from . import plot
+from .budget import Limits, Outcome, Point, Real
 from .page import document, figure, section, table as html_table, text
-from .search import Limits, Outcome, Point, Real
 from .summary import MISSING
 
 __all__ = ["page", "table"]

@@ -8,8 +8,8 @@ from rich.text import Text
 from edgeformer_agent.wire import Fidelity
 
 from . import plot
+from .agreement import DEPARTS, LAYER_ROWS, Cell, Matrix
 from .page import document, figure, section, table as html_table, text
-from .parity import DEPARTS, LAYER_ROWS, Cell, Matrix
 from .summary import MISSING, number
 
 __all__ = ["page", "table"]

@@ -11,7 +11,7 @@ import copy
 import hashlib
 import inspect
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,9 @@ class Model:
     past: of a decoder, the keys and values of the tokens before: one more input, with which the module also returns
     those of the new tokens, for formats that generate. None where there are none.
     files: tokenizer and licence files that travel with the model, by name.
+    precisions: path of a layer in `module` -> the precision it has at least, in programs of a coarser one
+    (`edgeformer.rounding`; ONNX, LiteRT and ExecuTorch).
+    ranges: path of a linear layer -> least and greatest value that reaches it, for "int8-static" (`passes.smooth`).
     """
 
     name: str
@@ -77,6 +80,8 @@ class Model:
     past: wire.Tensor | None = None
     tokenizer: Any = None
     files: Mapping[str, bytes] | None = None
+    precisions: Mapping[str, str] = field(default_factory=dict)
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     history: tuple[wire.Step, ...] = ()
 
     def after(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -19,7 +19,9 @@ from .model import Model
 
 OPSET = onnx_function.OPSET  # 20: the first with Gelu as one operator; ONNX Runtime >= 1.17 opens it
 IR_VERSION = 9  # the exporter's newer one would shut out ONNX Runtime 1.17
-PRODUCTS = ("MatMul", "Gemm", "MatMulInteger", "Conv", "ConvInteger", onnx_function.NAME)
+PRODUCTS = ("MatMul", "Gemm", "MatMulInteger", "MatMulNBits", "Conv", "ConvInteger", onnx_function.NAME)
+FROM_WEIGHTS = ("Transpose", "Reshape", "DequantizeLinear")  # of one matrix, what is another form of it
+INTEGER = ("MatMulInteger", "MatMulNBits", "ConvInteger")
 DTYPES = {"tensor(int32)": np.int32, "tensor(int64)": np.int64, "tensor(float)": np.float32}
 
 
@@ -82,7 +84,7 @@ def work(proto: onnx.ModelProto, model: Model) -> tuple[wire.Work, ...]:
     graph = onnx.ModelProto()
     graph.CopyFrom(proto)
     weights = {w.name: w for w in graph.graph.initializer}
-    turned = {name: weights[source] for name, source in transposed(graph.graph).items()}
+    turned = {name: weights[source] for name, source in transposed(graph.graph, FROM_WEIGHTS).items()}
     products = [node for node in graph.graph.node if node.op_type in PRODUCTS]
     seen = {name for node in products for name in (*node.input[:4], node.output[0]) if name and name not in weights}
     known = {value.name for value in (*graph.graph.output, *graph.graph.input)}
@@ -94,10 +96,10 @@ def work(proto: onnx.ModelProto, model: Model) -> tuple[wire.Work, ...]:
     return tuple(_work_at(session, products, weights | turned, n, kept) for n in kept.counted(model.lengths))
 
 
-def transposed(graph: onnx.GraphProto) -> dict[str, str]:
+def transposed(graph: onnx.GraphProto, operators: Sequence[str] = ("Transpose",)) -> dict[str, str]:
     """Name -> the constant matrix it is the transpose of: a table that also is the matrix of a head."""
     constants = {w.name for w in graph.initializer if len(w.dims) == 2}
-    return {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Transpose" and n.input[0] in constants}
+    return {n.output[0]: n.input[0] for n in graph.node if n.op_type in operators and n.input[0] in constants}
 
 
 def _sizes(x: Any, length: int) -> list[int]:
@@ -120,8 +122,9 @@ def _work_at(session: Any, products: list[Any], weights: dict[str, Any], length:
             activation_bytes += 4.0 * (2 * prod(left) + 2 * prod(right))
             continue
         depth = prod(right[1:]) if node.op_type.startswith("Conv") else prod(left) // prod(out[:-1])
-        work["Integer" in node.op_type] += 2.0 * prod(out) * depth
         stored = weights.get(node.input[1])
+        integer = node.op_type in INTEGER or (stored is not None and stored.data_type == onnx.TensorProto.INT8)
+        work[integer] += 2.0 * prod(out) * depth
         item = onnx.helper.tensor_dtype_to_np_dtype(stored.data_type).itemsize if stored is not None else 4
         weight_bytes += prod(right) * item * (stored is not None)
         activation_bytes += 4.0 * (prod(left) + prod(out) + prod(right) * (stored is None))

@@ -1,24 +1,30 @@
 """
-int8 in ONNX, in standard operators: weights with a scale an output channel, activations quantized while it runs.
+int8 and int4 in ONNX. int8 is in standard operators: weights with a scale an output channel, activations quantized
+while it runs.
 
 `by_tensor` is ONNX Runtime's own dynamic quantization: one scale for all of an activation, which its runtime fuses.
 `by_row` has a scale for each token, and a second byte of each value as rows of their own in the same product. Decoders
 need both: their first token carries values a thousand times those of the others (an attention sink), and within a token
 few channels stand far above the rest, so that one byte loses what the others say.
+
+int4 is in operators of ONNX Runtime (1.22 and later): MatMulNBits, with activations in int8, and GatherBlockQuantized.
+Both store a matrix [rows, columns] as two values a byte, so that a table that is also the head's matrix is stored once.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 import onnx
+import torch
 from onnx import helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.onnx_model import ONNXModel
 
-from . import onnx_graph
+from . import onnx_graph, rounding
 
 QUANTIZED = ["MatMul", "Gemm", "Gather"]  # Gather: the embedding tables, half of a small encoder
 MOST, ZERO = 127, 128  # activations are unsigned around ZERO: what every version of MatMulInteger takes
@@ -34,45 +40,100 @@ SCALARS: dict[str, np.ndarray] = {
 }
 
 
-def by_tensor(proto: onnx.ModelProto) -> onnx.ModelProto:
+INT8_ACTIVATIONS = 4  # of MatMulNBits' accuracy levels
+MICROSOFT = "com.microsoft"
+
+
+def by_tensor(proto: onnx.ModelProto, chosen: rounding.Chosen) -> onnx.ModelProto:
     """DSA nodes and their function stay as they are, here and in `by_row`."""
+    left: list[str] = []
+    if not chosen.plain:
+        proto, left = _rewritten(proto, chosen, ("int4",))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "int8.onnx"
-        quantize_dynamic(proto, path, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=QUANTIZED)
+        quantize_dynamic(
+            proto,
+            path,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            op_types_to_quantize=QUANTIZED,
+            nodes_to_exclude=left,
+            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # of what comes out of int4 operators
+        )
         quantized = onnx.load(path)
     onnx_graph.strip(quantized)
     return quantized
 
 
-def by_row(proto: onnx.ModelProto) -> onnx.ModelProto:
+def by_row(proto: onnx.ModelProto, chosen: rounding.Chosen) -> onnx.ModelProto:
     """A table that is also the head's matrix (tied embeddings) stays one."""
-    quantized = onnx.ModelProto()
-    quantized.CopyFrom(proto)
-    ONNXModel(quantized).replace_gemm_with_matmul()
-    _Rows(quantized.graph).rewrite()
+    quantized, _ = _rewritten(proto, chosen, ("int8", "int4"))
     onnx_graph.strip(quantized)
     return quantized
+
+
+def static(proto: onnx.ModelProto, chosen: rounding.Chosen) -> onnx.ModelProto:
+    """Activations of linear layers in the ranges that are known before; what has none stays in float."""
+    quantized, _ = _rewritten(proto, chosen, ("int8",))
+    onnx_graph.strip(quantized)
+    return quantized
+
+
+def grouped(proto: onnx.ModelProto) -> bool:
+    """Whether some of it is int4."""
+    return any(node.op_type in ("MatMulNBits", "GatherBlockQuantized") for node in proto.graph.node)
+
+
+def _rewritten(
+    proto: onnx.ModelProto, chosen: rounding.Chosen, precisions: Collection[str]
+) -> tuple[onnx.ModelProto, list[str]]:
+    """A copy with the matrices of these precisions in them, and the names of the nodes whose matrices stay in float."""
+    made = onnx.ModelProto()
+    made.CopyFrom(proto)
+    ONNXModel(made).replace_gemm_with_matmul()
+    rows = _Rows(made.graph, chosen, precisions)
+    rows.rewrite()
+    if grouped(made):
+        made.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
+    return made, rows.left
 
 
 class _Rows:
     """A graph while its products and tables are rewritten: what was made once is found again by name."""
 
-    def __init__(self, graph: onnx.GraphProto) -> None:
-        self.graph = graph
+    def __init__(self, graph: onnx.GraphProto, chosen: rounding.Chosen, precisions: Collection[str]) -> None:
+        self.graph, self.chosen, self.precisions = graph, chosen, precisions
+        self.left: list[str] = []
         self.nodes: list[onnx.NodeProto] = []
         self.floats = {w.name: w for w in graph.initializer if w.data_type == onnx.TensorProto.FLOAT}
         self.turned = onnx_graph.transposed(graph)
         self.made: set[str] = set()
 
     def rewrite(self) -> None:
+        write = {
+            ("MatMul", "int8"): self._static_product if self.chosen.ranges else self._product,
+            ("MatMul", "int4"): self._grouped_product,
+            ("Gather", "int8"): self._lookup,
+            ("Gather", "int4"): self._grouped_lookup,
+        }
         for node in self.graph.node:
-            if node.op_type == "MatMul" and self._matrix(self._source(node.input[1])):
-                self._product(node)
-            elif node.op_type == "Gather" and self._matrix(node.input[0]) and not _axis(node):
-                self._lookup(node)
-            else:
-                self.nodes.append(node)
+            precision = self._precision(node)
+            if precision in self.precisions:
+                write[node.op_type, precision](node)
+                continue
+            self.nodes.append(node)
+            if precision in ("fp16", "fp32"):
+                self.left.append(node.name)
         _keep_used(self.graph, self.nodes)
+
+    def _precision(self, node: onnx.NodeProto) -> str:
+        """Of its matrix; "" where it has none."""
+        if node.op_type == "Gather" and self._matrix(node.input[0]) and not _axis(node):
+            return self.chosen.of(numpy_helper.to_array(self.floats[node.input[0]]), table=True)
+        if node.op_type == "MatMul" and self._matrix(source := self._source(node.input[1])):
+            matrix = numpy_helper.to_array(self.floats[source])
+            return self.chosen.of(matrix if source != node.input[1] else matrix.T, table=False)
+        return ""
 
     def _source(self, name: str) -> str:
         return self.turned.get(name, name)
@@ -96,6 +157,26 @@ class _Rows:
         rows = self._node(f"{out}/rows", "Add", first, second)
         self._node(out, "Mul", self._node(f"{out}/channels", "Mul", rows, scales), scale)
 
+    def _static_product(self, node: onnx.NodeProto) -> None:
+        """The product of dequantized integers, which ONNX Runtime computes as one of integers."""
+        (x, weight), out = node.input, node.output[0]
+        source = self._source(weight)
+        matrix = numpy_helper.to_array(self.floats[source])
+        found = self.chosen.range_of(matrix if source != weight else matrix.T)
+        if found is None or source != weight:
+            self.nodes.append(node)
+            return
+        low, high = found
+        scale = np.float32(max((high - low) / 255, SMALLEST))
+        step, zero = f"{out}/step", f"{out}/zero"
+        self._constant(step, np.array(scale))
+        self._constant(zero, np.array(np.clip(np.rint(-low / scale), 0, 255), np.uint8))
+        # Layers that read the same tensor have the same range.
+        integers = self._once(f"{x}/integers", "QuantizeLinear", x, step, zero)
+        values, scales = self._stored(source, channel=1)
+        told = self._once(f"{values}/told", "DequantizeLinear", values, scales, axis=1)
+        self._node(out, "MatMul", self._once(f"{x}/told", "DequantizeLinear", integers, step, zero), told)
+
     def _rows(self, x: str) -> tuple[str, str]:
         """Names of an activation's uint8 values, the first bytes above the second, and of the scale of each row."""
         one, zero = self._scalar("one"), self._scalar("zero")
@@ -117,6 +198,47 @@ class _Rows:
         scale = self._node(f"{out}/scale", "Gather", scales, ids)
         scale = self._node(f"{out}/scales", "Unsqueeze", scale, self._scalar("last"))
         self._node(out, "Mul", self._node(f"{out}/cast", "Cast", found, to=onnx.TensorProto.FLOAT), scale)
+
+    def _grouped_product(self, node: onnx.NodeProto) -> None:
+        """[..., depth] fp32 and (depth, channels) constant -> [..., channels] fp32, activations in int8."""
+        (x, weight), out = node.input, node.output[0]
+        source = self._source(weight)
+        packed, scales, (channels, depth) = self._grouped(source, turned=source == weight)
+        blocks = self._constant(f"{packed}/shape", np.array([channels, depth // rounding.GROUP, rounding.GROUP // 2]))
+        self._node(
+            out,
+            "MatMulNBits",
+            x,
+            self._once(f"{packed}/blocks", "Reshape", packed, blocks),  # a runtime does it once, when it opens the file
+            scales,
+            domain=MICROSOFT,
+            K=depth,
+            N=channels,
+            bits=4,
+            block_size=rounding.GROUP,
+            accuracy_level=INT8_ACTIVATIONS,
+        )
+
+    def _grouped_lookup(self, node: onnx.NodeProto) -> None:
+        (table, ids), out = node.input, node.output[0]
+        packed, scales, _ = self._grouped(table, turned=False)
+        # 4 bits by default; to say so takes a later version (1.23).
+        axes = {"gather_axis": 0, "quantize_axis": 1}
+        self._node(
+            out, "GatherBlockQuantized", packed, ids, scales, domain=MICROSOFT, block_size=rounding.GROUP, **axes
+        )
+
+    def _grouped(self, name: str, turned: bool) -> tuple[str, str, tuple[int, int]]:
+        """Names of a matrix' uint8 pairs of values [rows, columns / 2] and of its scales [rows, groups]; its shape."""
+        packed, kept = f"{name}/int4/{int(turned)}", f"{name}/scales4/{int(turned)}"
+        matrix = numpy_helper.to_array(self.floats[name])
+        matrix = np.ascontiguousarray(matrix.T if turned else matrix)
+        if packed not in self.made:
+            values, scales = (x.numpy() for x in rounding.stored(torch.tensor(matrix), "int4"))
+            above = (values + 8).astype(np.uint8)  # 8 is their zero
+            self._constant(packed, above[:, 0::2] | (above[:, 1::2] << 4))
+            self._constant(kept, scales)
+        return packed, kept, (len(matrix), matrix.shape[1])
 
     def _stored(self, name: str, channel: int) -> tuple[str, str]:
         """Names of a matrix' int8 values and of its scales along the axis `channel`."""

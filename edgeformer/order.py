@@ -9,11 +9,11 @@ from pathlib import Path
 from edgeformer_agent import wire
 
 from . import data as rows_of
+from .budget import Limits, Progress, Real, drop, kitchen, search
 from .errors import BadInput, BudgetMissed
 from .model import Model
 from .plan import Plan
 from .recipe import Recipe, cook, ranges
-from .search import Limits, Progress, Real, drop, kitchen, search
 
 
 @dataclass(frozen=True)

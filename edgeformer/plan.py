@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 PRECISIONS = {  # what a format's own `PRECISIONS` may name
     "int8": "int8 weights and embeddings per output channel, activations quantized per call or kept in float",
-    "int4": "int4 weights in groups, int8 embeddings, float activations",
+    "int8-static": "as int8, with ranges of activations that `passes.smooth` found on calibration rows",
+    "int4-embeddings": "as int8, with int4 embeddings in groups",
+    "int4": "int4 weights in groups, embeddings too where the runtime looks them up; activations as in int8",
     "fp16": "fp16 storage and arithmetic, sums in fp32 where the runtime allows it",
     "fp32": "fp32 throughout",
 }

@@ -14,6 +14,7 @@ WIDTH, LEFT, RIGHT = 880, 190, 716  # the drawing lies between LEFT and RIGHT
 TOP, FOOT = 8, 40
 SMALL, LARGE = 1e-9, 1e12  # what an axis can show
 PANEL = (290, 205)
+SCATTER = 460  # height
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,26 @@ class Point:
     high: float
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A named place in a scatter; open ones are drawn as rings."""
+
+    x: float
+    y: float
+    name: str
+    style: str
+    open: bool = False
+
+
+@dataclass(frozen=True)
+class Corner:
+    """What is wanted: at most x, at least y."""
+
+    x: float
+    y: float
+    name: str
+
+
 def bars(key: str, title: str, description: str, items: Sequence[Bar], unit: str) -> str:
     """One bar per item from zero, the predicted band laid over it."""
     reach = [v for bar in items for v in (bar.value, *bar.marks, bar.band[2] if bar.band else None) if v is not None]
@@ -164,6 +185,75 @@ def panel(
     for point in points:
         body += tag("circle", {"class": "dot", "cx": across(point.x), "cy": up(point.middle), "r": 2.6})
     return _picture(key, title, description, PANEL, body)
+
+
+def scatter(
+    key: str, title: str, description: str, marks: Sequence[Mark], corners: Sequence[Corner], units: tuple[str, str]
+) -> str:
+    """Named marks over a logarithmic axis, as wide as the row pictures; names avoid each other where there is room."""
+    places: list[Mark | Corner] = [*marks, *corners]
+    low, high = min(p.y for p in places), max(p.y for p in places)
+    air = (high - low or 0.01) * 0.12
+    across = Scale(min(p.x for p in places) * 0.8, max(p.x for p in places) * 1.5, 52, WIDTH - 12, logarithmic=True)
+    up = Scale(low - air, high + air, SCATTER - FOOT, 24)
+    body = _frame(across, up, units)
+    for corner in corners:
+        x, y = across(corner.x), up(corner.y)
+        body += tag("path", {"class": "rest", "d": f"M{across.start:g} {y:g}H{x:g}V{up.end:g}"})
+        body += _text(across.start + 6, y - 5, corner.name, "remark")
+    taken = [(across(m.x) - 6, up(m.y) - 6, across(m.x) + 6, up(m.y) + 6) for m in marks]
+    for mark in marks:
+        x, y = across(mark.x), up(mark.y)
+        dot = tag("circle", {"class": "open" if mark.open else "bar", "cx": x, "cy": y, "r": 5})
+        body += tag("g", {"class": mark.style}, dot, _placed(mark.name, x, y, taken))
+    return _picture(key, title, description, (WIDTH, SCATTER), body)
+
+
+def _frame(across: Scale, up: Scale, units: tuple[str, str]) -> str:
+    """Grid, ticks and the names of both axes."""
+    body = ""
+    for v in ticks(up.low, up.high, 6):
+        body += _line("grid", across.start, up(v), across.end, up(v)) + _text(
+            across.start - 8, up(v) + 4, tick(v), "tick end"
+        )
+    for v in ticks(across.low, across.high, 6, logarithmic=True):
+        body += _line("grid", across(v), up.end, across(v), up.start) + _text(
+            across(v), up.start + 16, tick(v), "tick middle"
+        )
+    body += _line("axis", across.start, up.start, across.end, up.start)
+    body += _text((across.start + across.end) / 2, up.start + 33, units[0], "tick middle")
+    return body + _text(0, 12, units[1], "tick")
+
+
+def _placed(words: str, x: float, y: float, taken: list[tuple[float, float, float, float]]) -> str:
+    """The name beside its mark, at the first place that nothing else has; `taken` gets its box."""
+    wide = 6.1 * len(words)
+    lifts = (0, -9, 9, -18, 18, -30, 30, -42, 42, -54, 54)
+    beside = [(x + 9 * way, y + 4 + lift, side) for lift in lifts for way, side in ((1, ""), (-1, "end"))]
+    beside += [(x, y + 4 + lift, "middle") for lift in (-14, 16, -28, 30, -42, 44, -56, 58)]
+
+    def box(left: float, middle: float, side: str) -> tuple[float, float, float, float]:
+        start = left - wide * {"": 0, "middle": 0.5, "end": 1}[side]
+        return start, middle - 10, start + wide, middle + 3
+
+    def free(place: tuple[float, float, str]) -> bool:
+        a = box(*place)
+        inside = a[0] >= 52 and a[2] <= WIDTH
+        own = (x - 6, y - 6, x + 6, y + 6)
+        return inside and not any(_overlap(a, b) for b in taken if b != own)
+
+    chosen = next((place for place in beside if free(place)), beside[0])
+    left, top, right, bottom = box(*chosen)
+    taken.append((left, top, right, bottom))
+    named = _text(chosen[0], chosen[1], words, f"remark {chosen[2]}".strip())
+    if abs(chosen[1] - 4 - y) < 10:
+        return named
+    ends = min(max(x, left), right), top + 2 if top > y else bottom
+    return _line("rest", x, y, *ends) + named  # which mark it names, where it is not beside it
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def panel_axes(right: float, top: float) -> tuple[Scale, Scale]:

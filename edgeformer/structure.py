@@ -143,9 +143,11 @@ def _replace(module: torch.nn.Module, name: str, new: torch.nn.Module) -> None:
 
 
 def _narrow(linear: Any, axis: int, index: torch.Tensor) -> None:
-    linear.weight = torch.nn.Parameter(linear.weight.detach().index_select(axis, index), requires_grad=False)
+    """What could learn before still can: distillation comes after."""
+    learns = linear.weight.requires_grad
+    linear.weight = torch.nn.Parameter(linear.weight.detach().index_select(axis, index), requires_grad=learns)
     if axis == 0 and linear.bias is not None:
-        linear.bias = torch.nn.Parameter(linear.bias.detach()[index], requires_grad=False)
+        linear.bias = torch.nn.Parameter(linear.bias.detach()[index], requires_grad=learns)
     linear.out_features, linear.in_features = linear.weight.shape
 
 

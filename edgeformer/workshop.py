@@ -25,7 +25,9 @@ from .program import Program
 
 BLOCK = 64  # tokens a side of a sparse block: the fastest on CPUs
 # Other instruction sets round differently. int8: a board's kernels may also saturate where this machine's do not.
-GOLDEN_SIMILARITY = {"fp32": 0.9999, "fp16": 0.999, "int8": 0.98, "int4": 0.98}
+GOLDEN_SIMILARITY = {"fp32": 0.9999, "fp16": 0.999} | dict.fromkeys(
+    ("int8", "int8-static", "int4-embeddings", "int4"), 0.98
+)
 
 
 Progress = Callable[[str, int, int], None]  # what, done, total

@@ -10,12 +10,12 @@ import numpy as np
 from edgeformer.attention import reference as ref
 
 Array = np.ndarray[Any, Any]
-ORDER = ("q", "k", "v", "wq", "wk", "dist_bias", "sink_bias", "theta", "q_len", "kv_len")
+ORDER = ("q", "k", "v", "wq", "wk", "dist_bias", "sink_bias", "theta", "q_len", "kv_len", "position_bias")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call: the configuration, the operands in schema order (lengths may be None) and what must come out."""
+    """One call: the configuration, the operands in schema order (the last three may be None) and what must come out."""
 
     name: str
     config: ref.Config
@@ -29,16 +29,16 @@ class Case:
     def with_lengths(self) -> Case:
         """The same with every length written out."""
         full = [np.full(len(x), x.shape[2], np.int32) for x in self.operands[:2]]
-        given = tuple(full[i - 8] if x is None else x for i, x in enumerate(self.operands))
+        given = tuple(full[i - 8] if x is None and i in (8, 9) else x for i, x in enumerate(self.operands))
         return Case(self.name, self.config, given)
 
     def expected(self) -> Array:
-        q, k, v, *scorer, q_len, kv_len = self.operands
-        return ref.fused(self.config, q, k, v, ref.Scorer(*scorer), q_len, kv_len)
+        q, k, v, *scorer, q_len, kv_len, bias = self.operands
+        return ref.fused(self.config, q, k, v, ref.Scorer(*scorer), q_len, kv_len, position_bias=bias)
 
     def kept(self) -> tuple[int, int]:
         """Blocks kept and candidates, over all lists."""
-        q, k, _, *scorer, q_len, kv_len = self.operands
+        q, k, _, *scorer, q_len, kv_len, _ = self.operands
         c, s = self.config, ref.Scorer(*scorer)
         heads = k.shape[1] if c.select_per_kv else q.shape[1]
         candidates = sum(len(row.candidates) * heads for row in ref.mass_rows(c, q, k, s, q_len, kv_len))
@@ -57,6 +57,7 @@ def case(
     reach: int = 4,
     sinks: int = 1,
     rank: int = 8,
+    positions: int = 0,
     seed: int = 0,
     **config: Any,
 ) -> Case:
@@ -74,7 +75,8 @@ def case(
             array[b, :, length[b] :] = np.nan if c.rule == 0 and seed % 2 else 99  # padding may hold anything
     theta_h = np.full(hkv if c.select_per_kv else hq, theta, np.float32)
     scorer = (normal(hq, dim, rank), normal(hq, dim, rank), normal(hq, 2 * reach + 1, scale=0.3), normal(hq, sinks))
-    return Case(name, c, (q, k, v, *scorer, theta_h, *given))
+    bias = normal(hq, 2 * positions + 1, scale=2.0) if positions else None
+    return Case(name, c, (q, k, v, *scorer, theta_h, *given, bias))
 
 
 # What the function body and the decomposition can express: rule 0 without clamps.
@@ -94,6 +96,8 @@ PLAIN = (
     case("uneven-blocks", rows=(100, 150), block_q=32, block_k=64, lengths=([99], [140]), theta=0.4, seed=1),
     case("sparse", rows=(256, 256), block_q=32, block_k=32, theta=0.9, reach=0, sinks=0),
     case("not-forced", rows=(128, 128), block_q=32, block_k=32, theta=0.9, force_diag=0),
+    case("biased", rows=(100, 150), block_q=32, block_k=64, lengths=([99], [140]), heads=(4, 2), positions=40, seed=1),
+    case("biased-causal", rows=(40, 130), block_q=32, block_k=32, causal=1, q_offset=90, positions=128),
     case("scaled", scale=0.3, n_sink=2, rows=(128, 192), theta=0.5),
     case("dense-below", rows=(128, 128), block_q=32, block_k=32, theta=0.9, dense_below=128),
     case("not-dense-below", rows=(128, 128), block_q=32, block_k=32, theta=0.9, dense_below=127),

@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edgeformer.agreement import Cell
     from edgeformer.model import Model
-    from edgeformer.parity import Cell
 
 TEXT = {
     "vocab_size": 200,
@@ -91,7 +91,7 @@ def dense(family: str, formats: Sequence[str] = ()) -> tuple[Cell, ...]:
     one family only.
     """
     from edgeformer import formats as registry
-    from edgeformer.parity import parity
+    from edgeformer.agreement import parity
 
     loaded, found = model(family), []
     for name in formats or registry.names():
@@ -103,7 +103,7 @@ def dense(family: str, formats: Sequence[str] = ()) -> tuple[Cell, ...]:
 def sparse(family: str, formats: Sequence[str] = ()) -> tuple[Cell, ...]:
     """The same in fp32 with random scorers, against PyTorch with the same. Raises BadInput where none fits."""
     from edgeformer import formats as registry
-    from edgeformer.parity import parity
+    from edgeformer.agreement import parity
     from edgeformer.plan import exports
 
     found: list[Cell] = []

@@ -246,7 +246,8 @@ def test_importing_loads_no_framework() -> None:
 
 
 def test_all_is_what_is_public() -> None:
-    public = {n for n, x in vars(edgeformer).items() if n[0] != "_" and not isinstance(x, ModuleType)} | {"__version__"}
+    public = {n for n, x in vars(edgeformer).items() if n[0] != "_" and not isinstance(x, ModuleType)}
+    public |= {"__version__", *edgeformer._LATER}
     assert sorted(edgeformer.__all__) == sorted(public)
     assert all(getattr(edgeformer, name).__doc__ for name in edgeformer.__all__)
 

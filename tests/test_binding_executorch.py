@@ -69,7 +69,9 @@ def files(tmp_path_factory: pytest.TempPathFactory, executorch_bundle: Any) -> P
     """NAME.pte, NAME.npz (inputs) and NAME.want.npy for some single calls and for an encoder of one layer."""
     folder = tmp_path_factory.mktemp("pte")
     chosen = [
-        c for c in dsa_cases.PLAIN + dsa_cases.RULES if c.name in ("tail", "padded", "gqa", "per-kv", "top-p", "most")
+        c
+        for c in dsa_cases.PLAIN + dsa_cases.RULES
+        if c.name in ("tail", "padded", "biased", "per-kv", "top-p", "most")
     ]
     for case in chosen:
         operands = [x for x in case.operands if x is not None]

@@ -43,18 +43,18 @@ def kept() -> list[tuple[int, int]]:
 def custom(case: dsa_cases.Case, **attributes: Any) -> bytes:
     """A file of one CUSTOM node: all that the operator can be asked, also what no decomposition expresses."""
     model, graph, operator, code = schema.ModelT(), schema.SubGraphT(), schema.OperatorT(), schema.OperatorCodeT()
-    shapes = [x.shape for x in case.operands] + [case.operands[0].shape]
-    graph.tensors = []
-    for shape, name in zip(shapes, (*dsa_cases.ORDER, "out"), strict=True):
+    given = {name: x.shape for name, x in zip(dsa_cases.ORDER, case.operands, strict=True) if x is not None}
+    count, graph.tensors = len(given), []
+    for name, shape in (*given.items(), ("out", given["q"])):
         tensor = schema.TensorT()
         tensor.shape, tensor.name, tensor.buffer = list(shape), name, 0
         tensor.type = schema.TensorType.INT32 if name.endswith("_len") else schema.TensorType.FLOAT32
         graph.tensors.append(tensor)
     code.builtinCode, code.deprecatedBuiltinCode = schema.BuiltinOperator.CUSTOM, schema.BuiltinOperator.CUSTOM
     code.customCode, code.version = "edgeformer.dsa", 1
-    operator.opcodeIndex, operator.inputs, operator.outputs = 0, list(range(10)), [10]
+    operator.opcodeIndex, operator.inputs, operator.outputs = 0, list(range(count)), [count]
     operator.customOptions = list(flexbuffers.Dumps({"version": 1, **case.attributes, **attributes}))
-    graph.operators, graph.inputs, graph.outputs = [operator], list(range(10)), [10]
+    graph.operators, graph.inputs, graph.outputs = [operator], list(range(count)), [count]
     model.version, model.operatorCodes, model.subgraphs, model.buffers = 3, [code], [graph], [schema.BufferT()]
     builder = flatbuffers.Builder(1024)
     builder.Finish(model.Pack(builder), b"TFL3")
@@ -69,7 +69,7 @@ def opened(data: bytes, delegate: Path | None = None, threads: int = 1) -> Any:
 def run_custom(case: dsa_cases.Case, threads: int = 1, **attributes: Any) -> Any:
     made = opened(custom(case, **attributes), LIBRARY, threads)
     made.allocate_tensors()
-    for detail, x in zip(made.get_input_details(), case.operands, strict=True):
+    for detail, x in zip(made.get_input_details(), (x for x in case.operands if x is not None), strict=True):
         made.set_tensor(detail["index"], x)
     made.invoke()
     return made.get_tensor(made.get_output_details()[0]["index"])
@@ -109,7 +109,7 @@ def test_delegate_says_what_it_cannot() -> None:
 @pytest.mark.parametrize("case", dsa_cases.PLAIN, ids=lambda case: case.name)
 def test_decomposition(case: dsa_cases.Case) -> None:
     attributes = {k: v for k, v in case.attributes.items() if k not in ("rule", "max_blocks")}
-    operands = map(torch.from_numpy, case.with_lengths().operands)
+    operands = (None if x is None else torch.from_numpy(x) for x in case.with_lengths().operands)
     np.testing.assert_allclose(composite.dsa(*operands, **attributes), case.expected(), rtol=0, atol=5e-6)
 
 

@@ -179,7 +179,10 @@ def test_large_logits_stay_exact(kernels: str) -> None:
         *[("dim", x) for x in (0, 24, 272)],
         *[(b, x) for b in ("block_q", "block_k") for x in (0, 8, 40, 144)],
         *[(x, 0) for x in ("batch", "q_heads", "kv_heads", "q_rows", "k_rows", "rank")],
-        *[(x, -1) for x in ("dist", "sinks", "min_blocks", "max_blocks", "n_sink", "q_offset", "rule", "compute")],
+        *[
+            (x, -1)
+            for x in ("dist", "sinks", "positions", "min_blocks", "max_blocks", "n_sink", "q_offset", "rule", "compute")
+        ],
         ("kv_heads", 3),
         ("rule", 3),
         ("compute", kernel.BF16),
@@ -261,7 +264,7 @@ def test_vectors_on_arm(cpu: str, best: str) -> None:
         pytest.skip("qemu-aarch64-static is not installed")
     arm = str(native.program(PROGRAM, "linux-aarch64"))
     said = run(qemu, "-cpu", cpu, arm, str(INDEX), best)
-    assert said.startswith(f"best: {best}\n") and f"{best}: 104 of 104 cases ok" in said
+    assert said.startswith(f"best: {best}\n") and f"{best}: 111 of 111 cases ok" in said
     if cpu == "cortex-a72":
         assert "cannot run" in run(qemu, "-cpu", cpu, arm, str(INDEX), "neon_dotprod")
 
@@ -279,7 +282,7 @@ def test_vectors_with_sanitizers(tmp_path: Path) -> None:
     binary = str(tmp_path / "vectors")
     run(gcc, *flags, f"-I{native.sources() / 'dsa'}", str(PROGRAM), *objects, "-o", binary, "-lm")
     said = run(binary, str(INDEX))
-    assert f"{kernel.kernels()}: 104 of 104 cases ok" in said and "scalar: 104 of 104 cases ok" in said
+    assert f"{kernel.kernels()}: 111 of 111 cases ok" in said and "scalar: 111 of 111 cases ok" in said
 
 
 def test_neon_executes_hardly_more_multiply_adds_than_attention_has(tmp_path: Path) -> None:

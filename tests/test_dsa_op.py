@@ -31,40 +31,41 @@ def lengths(*values: int) -> torch.Tensor:
 
 
 def torched(name: str) -> tuple[Any, ...]:
-    case, (c, qkv, scorer, length) = CASES[NAMES.index(name)], operands(name)
+    case, (c, qkv, scorer, length, position_bias) = CASES[NAMES.index(name)], operands(name)
     q, k, v = (torch.from_numpy(strided(x, case["bnhd"])) for x in qkv)
     lens = [None if x is None else torch.from_numpy(np.asarray(x, np.int32)) for x in length]
+    lens.append(None if position_bias is None else torch.from_numpy(position_bias))
     lists = [torch.from_numpy(x) for x in vectors.padded(case["lists"], vectors.list_shape(case))]
     parameters = type(scorer)(*(torch.from_numpy(np.asarray(x, np.float32)) for x in scorer))
-    return case, c, (q, k, v), parameters, lens, lists
+    return case, c, (q, k, v), parameters, lens, lists  # the lengths, and then the position bias
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_vectors_through_the_operator(name: str) -> None:
-    case, c, (q, k, v), s, lens, (idx, cnt) = torched(name)
+    case, c, (q, k, v), s, last, (idx, cnt) = torched(name)
     attending = {**op.attention(c), "scale": c.scale, "compute": case["compute"]}
-    out = ops.dsa_attend(q, k, v, idx, cnt, *lens, **attending)
+    out = ops.dsa_attend(q, k, v, idx, cnt, *last, **attending)
     check(case, out.numpy())
     if not name.startswith("lists-"):
-        found = ops.dsa_select(q, k, *s, *lens, **op.selection(c))
+        found = ops.dsa_select(q, k, *s, *last[:2], **op.selection(c))
         assert torch.equal(found[0], idx) and torch.equal(found[1], cnt)
         assert np.array_equal(
-            ops.dsa(q, k, v, *s, *lens, **{**vars(c), "compute": case["compute"]}), out, equal_nan=True
+            ops.dsa(q, k, v, *s, *last, **{**vars(c), "compute": case["compute"]}), out, equal_nan=True
         )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_vectors_through_plain_torch(name: str) -> None:
-    case, c, (q, k, v), s, lens, (idx, cnt) = torched(name)
+    case, c, (q, k, v), s, last, (idx, cnt) = torched(name)
     kept = dsa.from_lists(idx, cnt, -(-k.shape[2] // c.block_k))
     if not name.startswith("lists-"):
-        assert torch.equal(dsa.select(c, q, k, s, *lens), kept)
+        assert torch.equal(dsa.select(c, q, k, s, *last[:2]), kept)
     again = dsa.to_lists(kept, idx.shape[-1])
     assert torch.equal(again[0], idx) and torch.equal(again[1], cnt)
     if case["compute"] == 0 and all(
         torch.isfinite(x).all() for x in (q, k, v)
     ):  # a masked sum spreads a used NaN further
-        check(case, dsa.attend(c, q, k, v, kept, *lens).numpy())
+        check(case, dsa.attend(c, q, k, v, kept, *last).numpy())
 
 
 def test_the_schema_has_the_defaults_of_the_definition() -> None:
@@ -87,21 +88,25 @@ def test_opcheck(attributes: dict[str, int]) -> None:
     q, k, v, s = problem(70)
     s = s._replace(theta=s.theta[:2]) if attributes.get("select_per_kv") else s
     lens = lengths(70, 41)
-    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    bias = torch.randn(4, 2 * 50 + 1)
+    q, k, v, bias = (x.requires_grad_() for x in (q, k, v, bias))
     torch.library.opcheck(ops.dsa.default, (q, k, v, *s, lens, lens), attributes)
+    torch.library.opcheck(ops.dsa.default, (q, k, v, *s, lens, lens, bias), attributes)
     torch.library.opcheck(ops.dsa_select.default, (q, k, *s, lens, lens), attributes)
     lists = ops.dsa_select(q, k, *s, lens, lens, **attributes)
     attending = {name: value for name, value in attributes.items() if name in ("block_q", "block_k", "causal")}
-    torch.library.opcheck(ops.dsa_attend.default, (q, k, v, *lists, lens, lens), attending)
-    q, k, v = (x.detach() for x in (q, k, v))
-    torch.library.opcheck(ops.dsa_attend_backward.default, (q, q, k, v, *lists, lens, lens), attending)
+    torch.library.opcheck(ops.dsa_attend.default, (q, k, v, *lists, lens, lens, bias), attending)
+    q, k, v, bias = (x.detach() for x in (q, k, v, bias))
+    for backward in (ops.dsa_attend_backward, ops.dsa_position_backward):
+        torch.library.opcheck(backward.default, (q, q, k, v, *lists, lens, lens, bias), attending)
 
 
 @pytest.mark.parametrize("causal", [0, 1])
 @pytest.mark.parametrize("small_chunks", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("positions", [0, 30])
 def test_gradients_are_those_of_plain_torch(
-    causal: int, small_chunks: bool, padded: bool, monkeypatch: pytest.MonkeyPatch
+    causal: int, small_chunks: bool, padded: bool, positions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if small_chunks:
         monkeypatch.setattr(op, "_GRADIENT_BYTES", 1)
@@ -109,8 +114,12 @@ def test_gradients_are_those_of_plain_torch(
     lens, c = lengths(100, 61) if padded else None, Config(**BLOCK, causal=causal, scale=0.3)
     weight = torch.randn(q.shape)
     found = []
-    for run in (lambda *x: ops.dsa(*x, *s, lens, lens, **vars(c)), lambda *x: dsa.forward(c, *x, s, lens, lens)):
-        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    bias = [torch.randn(4, 2 * positions + 1)] if positions else []
+    for run in (
+        lambda q, k, v, *bias: ops.dsa(q, k, v, *s, lens, lens, *bias, **vars(c)),
+        lambda q, k, v, *bias: dsa.forward(c, q, k, v, s, lens, lens, *bias),
+    ):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v, *bias)]
         (run(*inputs) * weight).sum().backward()
         found.append([x.grad for x in inputs])
     assert all(torch.isfinite(x).all() and x.abs().max() > 0 for x in found[0])
@@ -171,6 +180,7 @@ def test_export_with_a_free_length() -> None:
         (lambda q, k, v, s: ((q, k, v, *s), {"block_q": 40}), "block_q"),
         (lambda q, k, v, s: ((q[..., :8], k[..., :8], v[..., :8], s.wq[:, :8], s.wk[:, :8], *s[2:]), BLOCK), "dim: 16"),
         (lambda q, k, v, s: ((q, k, v, *s, torch.tensor([3, 4])), BLOCK), "lengths must be"),
+        (lambda q, k, v, s: ((q, k, v, *s, None, None, torch.ones(4, 6)), BLOCK), "position_bias must be float32"),
     ],
 )
 def test_what_cannot_be_run_is_refused_with_a_reason(change: Any, words: str) -> None:

@@ -17,7 +17,8 @@ from edgeformer.attention import kernel, reference as ref
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import dsa_vectors as vectors
 
-CASES = json.loads(vectors.INDEX.read_text())["cases"]
+INDEX = json.loads(vectors.INDEX.read_text())
+CASES = [*INDEX["cases"], *INDEX["biased"]]
 NAMES = [c["name"] for c in CASES]
 SETS = list(native.kernel_sets(native.TARGETS[native.host()].arch))
 
@@ -56,27 +57,26 @@ def test_the_generator_is_the_stated_recurrence() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_reference(name: str) -> None:
-    case, (c, qkv, scorer, length) = CASES[NAMES.index(name)], operands(name)
+    case, (c, qkv, scorer, length, position_bias) = CASES[NAMES.index(name)], operands(name)
     lists = vectors.padded(case["lists"], vectors.list_shape(case))
     if not name.startswith("lists-"):
         found = ref.select(c, qkv[0], qkv[1], scorer, *length)
         np.testing.assert_array_equal(found.idx, lists.idx)
-    check(case | {"compute": 0}, ref.attend(c, *qkv, lists, *length))
+    check(case | {"compute": 0}, ref.attend(c, *qkv, lists, *length, position_bias=position_bias))
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kernels", SETS)
 def test_kernels(kernels: str, name: str) -> None:
-    case, (c, qkv, scorer, length) = CASES[NAMES.index(name)], operands(name)
+    case, (c, qkv, scorer, length, position_bias) = CASES[NAMES.index(name)], operands(name)
     q, k, v = (strided(x, case["bnhd"]) for x in qkv)
     lists = vectors.padded(case["lists"], vectors.list_shape(case))
     with kernel.only(kernels) as possible:
         if not possible:
             pytest.skip(f"this machine cannot run {kernels}")
         assert kernel.kernels() == kernels
-        out = kernel.attend(
-            c, q, k, v, lists, *length, compute=case["compute"], out=strided(np.empty_like(q), case["bnhd"])
-        )
+        options = {"compute": case["compute"], "position_bias": position_bias}
+        out = kernel.attend(c, q, k, v, lists, *length, out=strided(np.empty_like(q), case["bnhd"]), **options)
         check(case, out)
         if name.startswith("lists-"):
             return
@@ -84,6 +84,6 @@ def test_kernels(kernels: str, name: str) -> None:
         np.testing.assert_array_equal(found.idx, lists.idx)
         np.testing.assert_array_equal(found.cnt, lists.cnt)
         for threads in (1, 2, 7):
-            same, (kept, _) = kernel.fused(c, q, k, v, scorer, *length, compute=case["compute"], threads=threads)
+            same, (kept, _) = kernel.fused(c, q, k, v, scorer, *length, threads=threads, **options)
             np.testing.assert_array_equal(same, out)
             assert kept == found.cnt.sum()

@@ -13,17 +13,18 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from edgeformer import formats  # noqa: E402
-from edgeformer.errors import BadInput, MissingExtra  # noqa: E402
+from edgeformer.errors import MissingExtra  # noqa: E402
 
 if TYPE_CHECKING:
-    from edgeformer.parity import Cell
+    from edgeformer.agreement import Cell
 
 NATIVE = ("executorch", "litert", "onnx")  # our operator's library runs in them here
 SPARSE = {  # every format in one family, every family in one format
-    "bert": ("coreml", "executorch", "litert", "onnx", "tensorrt"),
+    "bert": ("coreml", "onnx", "tensorrt"),
     "distilbert": ("onnx",),
     "roberta": ("coreml",),
     "electra": ("coreml",),
+    "mpnet": ("coreml", "executorch", "litert", "onnx"),  # with a position bias
     "modernbert": ("onnx",),
     "vit": ("onnx",),
     "llama": ("onnx",),
@@ -73,11 +74,6 @@ def _ran_sparse(cell: Cell, layers: int) -> None:
         assert cell.native and cell.native.calls_per_run == layers and cell.with_library
         assert cell.with_library.mean > 0.99999 and cell.with_library.max_abs < 1e-4, cell
         assert any(kept < 1 for kept in cell.native.kept)
-
-
-def test_a_family_with_a_position_bias_says_why_it_stays_dense() -> None:
-    with pytest.raises(BadInput, match="MPNetModel adds a learned relative position bias"):
-        families.sparse("mpnet", ["onnx"])
 
 
 def test_a_causal_layer_stays_dense_in_core_ml_and_says_so() -> None:

@@ -11,10 +11,10 @@ import sparse_models
 import torch
 from rich.console import Console
 
-import edgeformer.parity as matrix_of
+import edgeformer.agreement as matrix_of
 from edgeformer import formats as registry, matrix, model as models
+from edgeformer.agreement import Cell, parity
 from edgeformer.errors import ExportError
-from edgeformer.parity import Cell, parity
 
 
 @pytest.fixture(scope="module")

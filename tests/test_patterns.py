@@ -23,7 +23,7 @@ def fitted(family: str) -> tuple[Any, scorer.Statistics, scorer.Trained]:
 
 def run(family: str, pattern: patterns.Pattern | None, n: int = 256, padded: bool = False) -> torch.Tensor:
     model, given = fitted(family)[0], inputs(family, n, padded=padded)
-    model.set_attn_implementation("sdpa")
+    swap.switch(model, "sdpa")
     if pattern is None:
         return hidden(model, given)
     with swap.replaced(model, pattern):
@@ -43,8 +43,9 @@ BUDGETED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
-@pytest.mark.parametrize("name", BUDGETED)
+@pytest.mark.parametrize(
+    ("family", "name"), [*((f, name) for name in BUDGETED for f in ("bert", "llama")), ("mpnet", "oracle")]
+)
 def test_block_patterns_keep_their_budget(family: str, name: str) -> None:
     _, stats, trained = fitted(family)
     want = run(family, None)
@@ -75,7 +76,7 @@ def test_local_and_bigbird_have_their_shapes() -> None:
     layer = swap.layers(fitted("bert")[0])[0]
     q = torch.zeros(1, 4, 256, 16)
     for name, pattern in (("local", patterns.local(stats, 0.25)), ("bigbird", patterns.bigbird(stats, 0.5))):
-        kept[name] = pattern(layer).choose(C, q, q, None)[0]  # type: ignore[operator]
+        kept[name] = pattern(layer).choose(C, q, q, None, None)[0]  # type: ignore[operator]
     assert kept["local"][0, 8].nonzero().flatten().tolist() in ([6, 7, 8, 9], [7, 8, 9, 10])
     bird = kept["bigbird"]
     assert bird[:, 0].all() and bird[:, :, 0].all() and bird.diagonal(dim1=1, dim2=2).all()

@@ -64,6 +64,7 @@ def test_structured_keeps_its_budget_and_its_input(family: str) -> None:
     model = load(family)
     before = copy.deepcopy(model.module.state_dict())
     made = prune.structured(rows(model), keep=0.5, grain=16)(model)
+    assert all(x.requires_grad for x in made.module.parameters()), "distillation trains what is left"
     facts = made.history[-1].facts
     assert made.history[-1].name == "prune.structured" and facts["method"] == "obs"
     assert 0.3 < facts["cost_kept"] <= 0.5

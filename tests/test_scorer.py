@@ -30,14 +30,14 @@ def stats(family: str = "bert", *lengths: int) -> scorer.Statistics:
     return scorer.collect(make(family), rows(family, *(lengths or (128, 128, 100, 128))), C)
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("family", ["bert", "llama", "mpnet"])
 @pytest.mark.parametrize("chunk", [1, 16 << 20])
 def test_statistics_are_those_of_dense_attention(family: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scorer, "BUFFER_BYTES", chunk)
     model, given = make(family), rows(family, 100, 70)
     found = scorer.collect(model, given, C)
     assert found.lengths.tolist() == [100, 70] and found.config.causal == (family == "llama")
-    model.set_attn_implementation("eager")
+    swap.switch(model, "eager")
     want = model(**given[1], output_attentions=True).attentions
     for layer, p in enumerate(want):
         by_key = torch.nn.functional.pad(p[0], (0, 10)).view(4, 70, 5, 16).sum(-1)
@@ -45,7 +45,7 @@ def test_statistics_are_those_of_dense_attention(family: str, chunk: int, monkey
         torch.testing.assert_close(found.mass[1, layer, :, :5, :5], by_block, rtol=0, atol=1e-5)
     assert not found.mass[1, :, :, 5:].any() and not found.mass[1, :, :, :, 5:].any()
     with torch.no_grad():
-        model.set_attn_implementation("sdpa")
+        swap.switch(model, "sdpa")
         plain = model(**given[0]).last_hidden_state
         with swap.replaced(model, lambda layer: scorer._Recorder(found, layer, lambda: 0)):
             torch.testing.assert_close(model(**given[0]).last_hidden_state, plain, rtol=0, atol=2e-5)

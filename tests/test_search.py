@@ -19,10 +19,10 @@ pytest.importorskip("optuna")
 pytest.importorskip("onnxruntime")
 
 import edgeformer as ef
-from edgeformer import frontier, model as models, search as searching
+from edgeformer import budget as searching, frontier, model as models
+from edgeformer.budget import Limits, Outcome, Proxy, search
 from edgeformer.errors import BadInput, BudgetMissed, MissingExtra
 from edgeformer.recipe import Range, Recipe, Step
-from edgeformer.search import Limits, Outcome, Proxy, search
 
 SPACE = Recipe("tiny", "", (Step("prune.structured", {"keep": Range(low=0.3, high=1.0, step=0.1), "grain": 8}),))
 TEXTS = tuple(f"w{i} w{(3 * i) % 190 + 3} w{(7 * i) % 190 + 3}" for i in range(3, 35))

@@ -25,27 +25,30 @@ def scorer(theta: list[float], **changes: int) -> dsa.Scorer:
 
 
 @pytest.mark.parametrize(
-    ("theta", "changes", "length"),
+    ("theta", "changes", "length", "positions"),
     [
-        ([2, 2, 2, 2], {}, 128),
-        ([1, 3, 2, 5], {}, 97),
-        ([2, 4, 2, 4], {"n_sink": 1}, 33),
-        ([3, 3, 1, 1], {"force_diag": 0}, 128),
-        ([4, 4, 4, 4], {"max_blocks": 2}, 70),
-        ([0.1, 0.2, 0.15, 0.3], {"rule": THRESHOLD, "max_blocks": 3}, 111),
+        ([2, 2, 2, 2], {}, 128, 0),
+        ([1, 3, 2, 5], {}, 97, 30),
+        ([2, 4, 2, 4], {"n_sink": 1}, 33, 0),
+        ([3, 3, 1, 1], {"force_diag": 0}, 128, 128),
+        ([4, 4, 4, 4], {"max_blocks": 2}, 70, 0),
+        ([0.1, 0.2, 0.15, 0.3], {"rule": THRESHOLD, "max_blocks": 3}, 111, 9),
     ],
 )
-def test_it_is_the_definition_on_valid_rows(theta: list[float], changes: dict[str, int], length: int) -> None:
+def test_it_is_the_definition_on_valid_rows(
+    theta: list[float], changes: dict[str, int], length: int, positions: int
+) -> None:
     layer = scorer(theta)
     layer.config = Config(**{**vars(layer.config), **changes})
     made = static.form(layer, 128, False)
     assert isinstance(made, static.Static) and static.share(made.buckets, layer.config, 128) < 1
     q, k, v = torch.randn(3, 1, HEADS, 128, DIM, generator=torch.Generator().manual_seed(2))
     lengths = torch.tensor([length], dtype=torch.int32)
-    got = made(q, k, v, lengths, False, 0.0)[:, :, :length].numpy()
+    bias = torch.randn(HEADS, 2 * positions + 1) if positions else None
+    got = made(q, k, v, lengths, False, 0.0, bias)[:, :, :length].numpy()
     wanted = ref.fused(
         layer.config, q.numpy(), k.numpy(), v.numpy(), ref.Scorer(*(x.numpy() for x in layer.parameters_of())),
-        lengths.numpy(), lengths.numpy(),
+        lengths.numpy(), lengths.numpy(), position_bias=None if bias is None else bias.numpy(),
     )[:, :, :length]  # fmt: skip
     np.testing.assert_allclose(got, wanted, atol=2e-6)
 

@@ -27,6 +27,7 @@ MAKE: dict[str, Any] = {
     "modernbert": lambda: hf.ModernBertModel(hf.ModernBertConfig(**TEXT, **SPECIAL, local_attention=16)),
     "llama": lambda: hf.LlamaModel(hf.LlamaConfig(**TEXT, num_key_value_heads=2)),
     "mistral": lambda: hf.MistralModel(hf.MistralConfig(**TEXT, num_key_value_heads=2, sliding_window=None)),
+    "mpnet": lambda: hf.MPNetModel(hf.MPNetConfig(**TEXT)),
     "vit": lambda: hf.ViTModel(hf.ViTConfig(**SIZE, image_size=80, patch_size=8)),
 }
 FAMILIES = list(MAKE)
@@ -74,7 +75,7 @@ def test_theta_0_is_dense_and_a_threshold_is_not(family: str) -> None:
     model = make(family)
     for padded in (True, False):
         given = inputs(family, padded=padded)
-        model.set_attn_implementation("sdpa")
+        swap.switch(model, "sdpa")
         want = hidden(model, given)
         before = op.counters().calls
         sparse = put(model, 0.0)
@@ -152,12 +153,27 @@ def test_decoding_with_a_cache_is_dense_at_theta_0() -> None:
     assert op.counters().calls - before == 2 * 20
 
 
-def test_gradients_flow_through_a_sparse_model() -> None:
-    model = make("bert")
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [("bert", ["layer.0.attention.self.query"]), ("mpnet", ["layer.0.attention.attn.q", "relative_attention_bias"])],
+)
+def test_gradients_flow_through_a_sparse_model(family: str, names: list[str]) -> None:
+    model = make(family)
     put(model, 0.1)
-    model(**inputs("bert")).last_hidden_state.square().mean().backward()
-    query = model.encoder.layer[0].attention.self.query.weight.grad
-    assert query is not None and torch.isfinite(query).all() and query.abs().max() > 0
+    model(**inputs(family)).last_hidden_state.square().mean().backward()
+    for name in names:
+        found = model.encoder.get_submodule(name).weight.grad
+        assert found is not None and torch.isfinite(found).all() and found.abs().max() > 0
+
+
+def test_a_position_bias_that_is_no_table_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("mpnet")
+    bucket = model.encoder.relative_position_bucket
+    further = staticmethod(lambda x, num_buckets=32: bucket(x, num_buckets, max_distance=300))
+    monkeypatch.setattr(type(model.encoder), "relative_position_bucket", further)
+    with pytest.raises(BadInput, match="does not end at 128 tokens"):
+        put(model, 0.0)
+    assert model.config._attn_implementation == "eager" and "compute_position_bias" not in vars(model.encoder)
 
 
 def test_half_precision_models_keep_a_float_scorer(tmp_path: Path) -> None:
@@ -174,15 +190,15 @@ def test_half_precision_models_keep_a_float_scorer(tmp_path: Path) -> None:
     assert torch.equal(hidden(again, given), hidden(model, given))
     put(model, 0.0)
     found = hidden(model, given)
-    model.set_attn_implementation("sdpa")
+    swap.switch(model, "sdpa")
     want = hidden(model, given)
     assert torch.nn.functional.cosine_similarity(found.float(), want.float(), dim=-1).min() > 0.99
 
 
 def test_some_layers_may_stay_dense_with_padding() -> None:
-    for family in ("bert", "llama"):
+    for family in ("bert", "llama", "mpnet"):
         model, given = make(family), inputs(family)
-        model.set_attn_implementation("sdpa")
+        swap.switch(model, "sdpa")
         want = hidden(model, given)
         found = swap.install(model, lambda x: dsa.fresh(x.heads, x.dim) if x.number else None, BLOCKS)
         assert [x.number for x in found] == [1]
@@ -228,7 +244,9 @@ def test_packed_sequences_are_refused() -> None:
 def test_models_it_would_get_wrong_are_refused() -> None:
     torch.manual_seed(0)
     with pytest.raises(BadInput, match="relative position bias"):
-        put(hf.MPNetModel(hf.MPNetConfig(**TEXT)), 0.0)
+        put(
+            hf.T5EncoderModel(hf.T5Config(vocab_size=100, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4)), 0.0
+        )
     with pytest.raises(BadInput, match="multiple of 16"):
         put(hf.BertModel(hf.BertConfig(**{**TEXT, "hidden_size": 32})), 0.0)
     with pytest.raises(BadInput, match="no transformers model"):

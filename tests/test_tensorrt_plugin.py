@@ -25,7 +25,8 @@ from edgeformer.attention import reference as ref
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import dsa_vectors as vectors
 
-CASES = {c["name"]: c for c in json.loads(vectors.INDEX.read_text())["cases"] if not c["compute"]}
+INDEX = json.loads(vectors.INDEX.read_text())
+CASES = {c["name"]: c for c in (*INDEX["cases"], *INDEX["biased"]) if not c["compute"]}
 LISTS = [name for name in CASES if name.startswith("lists-")]
 WHOLE = [name for name in CASES if name not in LISTS]
 STUBS = Path(__file__).parent / "native" / "tensorrt"
@@ -83,13 +84,15 @@ def call(library: ctypes.CDLL, function: str, config: ref.Config, tensors: list[
 
 
 def tensors_of(name: str, dtype: Any) -> tuple[ref.Config, list[Any]]:
-    config, qkv, scorer, given = vectors.operands(CASES[name])
+    config, qkv, scorer, given, position_bias = vectors.operands(CASES[name])
+    if position_bias is None:
+        position_bias = np.full((qkv[0].shape[1], 1), 7, np.float32)
     batch, rows, keys = qkv[0].shape[0], qkv[0].shape[2], qkv[1].shape[2]
     lengths = [
         np.ascontiguousarray(ref.lengths(x, batch, full), np.int32) for x, full in zip(given, (rows, keys), strict=True)
     ]
     with np.errstate(over="ignore"):
-        return config, [*(x.astype(dtype) for x in qkv), *scorer, *lengths]
+        return config, [*(x.astype(dtype) for x in qkv), *scorer, *lengths, position_bias]
 
 
 def rows_of(lists: ref.Lists, blocks: int) -> Any:
@@ -112,7 +115,7 @@ def compare(name: str, out: Any, want: Any, most: float) -> None:
 def check_whole(library: ctypes.CDLL, name: str, dtype: Any) -> None:
     config, tensors = tensors_of(name, dtype)
     wide = [x.astype(np.float32) for x in tensors[:3]]
-    scorer, lengths = ref.Scorer(*tensors[3:8]), tensors[8:]
+    scorer, lengths, position_bias = ref.Scorer(*tensors[3:8]), tensors[8:10], tensors[10]
     want = ref.select(config, wide[0], wide[1], scorer, *lengths)
     blocks = ref.blocks(wide[1].shape[2], config.block_k)
     kept = np.zeros((*want.cnt.shape, 1 + blocks), np.int32)
@@ -126,7 +129,8 @@ def check_whole(library: ctypes.CDLL, name: str, dtype: Any) -> None:
     assert tuple(pair) == (want.cnt.sum(), candidates)
     used = np.arange(want.idx.shape[-1]) < want.cnt[..., None]
     np.testing.assert_array_equal(kept[..., 1 : 1 + want.idx.shape[-1]][used], want.idx[used])
-    compare(name, out, ref.attend(config, *wide, want, *lengths), CASES[name]["max_v"])
+    exact = ref.attend(config, *wide, want, *lengths, position_bias=position_bias)
+    compare(name, out, exact, CASES[name]["max_v"])
     if dtype is np.float32:  # the stored vector too, not only this machine's reference
         case = CASES[name]
         stored = np.array([np.nan if x is None else x for x in case["out"]], np.float64)
@@ -152,7 +156,7 @@ def test_attention_over_given_lists(host: ctypes.CDLL, dtype: Any, name: str) ->
     status, out = call(host, "test_attend", config, tensors, kept)
     assert status == 0
     wide = [x.astype(np.float32) for x in tensors[:3]]
-    compare(name, out, ref.attend(config, *wide, lists, *tensors[8:]), CASES[name]["max_v"])
+    compare(name, out, ref.attend(config, *wide, lists, *tensors[8:10]), CASES[name]["max_v"])
 
 
 @pytest.mark.parametrize("change", [{"block_q": 24}, {"block_k": 256}, {"rule": 3}], ids=str)
@@ -195,7 +199,8 @@ def test_an_nvcc_takes_the_plugin(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
 
 
-SANITIZED = ("shape-33-block-32-dim-128", "rule-1-theta-0.75", "padding-zero", "batch-2-lengths", "gqa-4-1-per_kv-1")
+SANITIZED = ("position-causal-chunk", "shape-33-block-32-dim-128", "rule-1-theta-0.75", "padding-zero",
+             "batch-2-lengths", "gqa-4-1-per_kv-1")  # fmt: skip
 
 
 @pytest.mark.slow

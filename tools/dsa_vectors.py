@@ -4,7 +4,8 @@ Writes tests/golden/dsa/index.json: the conformance vectors of edgeformer block-
 Run it only when the operator's definition changes; every runtime reads the result. Inputs are not stored but made
 again: s = s * 1664525 + 1013904223 (32 bits), value = ((s >> 8) & 0xffff) / 32768 - 1, from `seed` on, filling q, k, v,
 wq, wk, dist_bias, sink_bias in that order, then changed by `edits`. A null in an edit is NaN. A seed is taken only if
-no decision of selection is closer than 1e-4, so lists must be equal everywhere. `python tools/dsa_vectors.py` from the
+no decision of selection is closer than 1e-4, so lists must be equal everywhere. The cases of the list `biased` have one
+more operand, filled last: position_bias, for distances up to `positions`. `python tools/dsa_vectors.py` from the
 repository.
 """
 
@@ -23,7 +24,7 @@ from edgeformer.attention import reference as ref  # noqa: E402
 
 INDEX = ROOT / "tests" / "golden" / "dsa" / "index.json"
 SAMPLES, SMALL, MARGIN = 64, 128, 1e-4
-TENSORS = ("q", "k", "v", "wq", "wk", "dist_bias", "sink_bias")
+TENSORS = ("q", "k", "v", "wq", "wk", "dist_bias", "sink_bias", "position_bias")
 SHAPE = {
     "batch": 1,
     "q_heads": 2,
@@ -55,6 +56,7 @@ class Operands(NamedTuple):
     qkv: tuple[ref.Array, ref.Array, ref.Array]
     scorer: ref.Scorer
     length: tuple[ref.Array | None, ref.Array | None]
+    position_bias: ref.Array | None = None
 
 
 def shapes(case: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -62,6 +64,8 @@ def shapes(case: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     kv = (b, g, case["k_rows"], d)
     scorer = {"wq": (1, h, d, r), "wk": (1, h, d, r)}
     biases = {"dist_bias": (1, h, 1, 2 * case["dist"] + 1), "sink_bias": (1, h, 1, case["sinks"])}
+    if "positions" in case:
+        biases["position_bias"] = (1, h, 1, 2 * case["positions"] + 1)
     return {"q": (b, h, case["q_rows"], d), "k": kv, "v": kv, **scorer, **biases}
 
 
@@ -70,7 +74,7 @@ def inputs(case: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
     sizes = shapes(case)
     stream = fill(case["seed"], sum(int(np.prod(s)) for s in sizes.values()))
     tensors, at = {}, 0
-    for name in TENSORS:
+    for name in TENSORS[: len(sizes)]:
         count = int(np.prod(sizes[name]))
         tensors[name], at = stream[at : at + count].reshape(sizes[name]).copy(), at + count
     for name, operation, b, h, n0, n1, d0, d1, value in case["edits"]:
@@ -93,7 +97,8 @@ def operands(case: dict[str, Any]) -> Operands:
     )
     q_len, kv_len = (None if case[x] is None else np.array(case[x], np.int32) for x in ("q_len", "kv_len"))
     attributes = ref.Config(**{x: case[x] for x in ATTRIBUTES})
-    return Operands(attributes, (t["q"], t["k"], t["v"]), scorer, (q_len, kv_len))
+    position_bias = t["position_bias"].reshape(heads, -1) if "position_bias" in t else None
+    return Operands(attributes, (t["q"], t["k"], t["v"]), scorer, (q_len, kv_len), position_bias)
 
 
 def nearest(o: Operands) -> float:
@@ -125,7 +130,7 @@ def finish(case: dict[str, Any]) -> dict[str, Any]:
     """Finds a seed whose decisions are clear and adds what must come out."""
     for seed in range(case["seed"], case["seed"] + 400):
         case["seed"] = seed
-        c, qkv, scorer, length = whole_case = operands(case)
+        c, qkv, scorer, length, position_bias = whole_case = operands(case)
         near = np.inf if case["exact"] or "lists" in case else nearest(whole_case)
         if near >= MARGIN:
             break
@@ -133,7 +138,8 @@ def finish(case: dict[str, Any]) -> dict[str, Any]:
         raise SystemExit(f"{case['name']}: no seed with a clear margin")
     if "lists" not in case:
         case["lists"] = ragged(ref.select(c, qkv[0], qkv[1], scorer, *length))
-    out = ref.attend(c, *qkv, padded(case["lists"], list_shape(case)), *length).reshape(-1)
+    lists = padded(case["lists"], list_shape(case))
+    out = ref.attend(c, *qkv, lists, *length, position_bias=position_bias).reshape(-1)
     at = np.arange(out.size)
     if out.size > SMALL:
         at = np.sort(np.random.default_rng(seed).choice(out.size, SAMPLES, False))
@@ -369,14 +375,41 @@ def dense_cases() -> list[dict[str, Any]]:
     ]
 
 
+def position_cases() -> list[dict[str, Any]]:
+    """Distances within the table and beyond; int8; queries that start after the first key."""
+
+    def far(positions: int) -> dict[str, Any]:
+        return {"positions": positions, "edits": [["position_bias", "mul", -1, -1, 0, 1, 0, 2 * positions + 1, 4]]}
+
+    padded = [whole(x, "set", n, 192, None, b=b) for x in "qkv" for b, n in ((0, 150), (1, 33))]
+    lengths = {"q_len": [150, 33], "kv_len": [150, 33]}
+    return [
+        case("position-within", **rows(200), block_q=32, block_k=32, **far(128)),
+        case("position-beyond", **rows(257), dim=64, theta=0.05, **far(20)),
+        case("position-padded", batch=2, block_k=32, **lengths, **(far(60) | {"edits": far(60)["edits"] + padded})),
+        case("position-causal-chunk", causal=1, q_rows=50, k_rows=257, q_offset=207, block_k=32, **far(60)),
+        case("position-gqa-bnhd", q_heads=4, select_per_kv=1, bnhd=1, block_q=128, block_k=16, **far(9)),
+        case("position-i8", compute=1, dim=64, rule=2, theta=2.0, **far(40)),
+        case("position-i8-causal", compute=1, causal=1, dim=64, **rows(150), block_q=32, block_k=32, **far(40)),
+    ]
+
+
+def lines(made: list[dict[str, Any]]) -> str:
+    return ",\n".join(json.dumps(one, separators=(",", ":"), allow_nan=False) for one in made)
+
+
 def main() -> None:
     groups = [shape_cases, rule_cases, clamp_cases, forced_cases, tie_cases, special_cases, padding_cases]
     groups += [causal_cases, head_cases, bias_cases, list_cases, int8_cases, dense_cases]
     made = [finish(one) for group in groups for one in group()]
-    lines = ",\n".join(json.dumps(one, separators=(",", ":"), allow_nan=False) for one in made)
+    biased = [finish(one) for one in position_cases()]
     INDEX.parent.mkdir(parents=True, exist_ok=True)
-    INDEX.write_text(f'{{"version":1,"about":"written by tools/dsa_vectors.py","cases":[\n{lines}\n]}}\n')
-    print(f"{len(made)} cases, {INDEX.stat().st_size / 1000:.0f} kB")
+    # A list of their own: a reader from before this operand does not meet them.
+    INDEX.write_text(
+        '{"version":1,"about":"written by tools/dsa_vectors.py",'
+        f'"cases":[\n{lines(made)}\n],"biased":[\n{lines(biased)}\n]}}\n'
+    )
+    print(f"{len(made)} cases and {len(biased)} with a position bias, {INDEX.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import families
 
 from edgeformer import formats
+from edgeformer.agreement import Cell
 from edgeformer.errors import BadInput
-from edgeformer.parity import Cell
 
 FURTHEST = 1e-4  # from PyTorch in fp32
 

@@ -50,7 +50,8 @@ def load(module: torch.nn.Module, device: Device, precision: str) -> Load | None
     channels = sum(layer.heads * layer.dim for layer in layers)
     weights = sum(m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
     fp32 = device.fp32_gflops * device.fp32_efficiency
-    linear = device.int8_gops * device.int8_efficiency if precision == "int8" else fp32
+    int8 = precision in ("int8", "int8-static", "int4-embeddings")
+    linear = device.int8_gops * device.int8_efficiency if int8 else fp32
     return Load(2.0 * weights / linear, 4.0 * channels / fp32)
 
 

@@ -54,6 +54,7 @@ def dsa(
     theta: Tensor,
     q_len: Tensor,
     kv_len: Tensor,
+    position_bias: Tensor | None = None,
     *,
     block_q: int = 64,
     block_k: int = 64,
@@ -91,7 +92,8 @@ def dsa(
     own = bool(force_diag) and q_len is kv_len and isinstance(q_offset, int) and not q_offset
     if min_blocks and not own:
         keep = torch.maximum(keep, _heaviest(mass, candidate, b) * (1 - keep.amax(-1, keepdim=True)))
-    out = _attend(q * (scale or dim**-0.5), k, v, keep, a, b, q_offset if causal else None)
+    biased = None if position_bias is None else _by_distance(position_bias, q.shape[2], k.shape[2], q_offset)
+    out = _attend(q * (scale or dim**-0.5), k, v, keep, a, b, q_offset if causal else None, biased)
     out = out * (a.valid[:, None, :, None] if own else _used(keep, a, b, q_offset if causal else None))
     return out if longest else out[:, :, :rows]
 
@@ -201,10 +203,22 @@ def _of_tokens(x: Tensor, a: Blocks) -> Tensor:
     return x[:, :, :, None].expand(batch, heads, a.number, a.size, n).reshape(batch, heads, a.number * a.size, n)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, a: Blocks, b: Blocks, offset: int | None) -> Tensor:
-    """`offset` is the position of row 0 in a causal attention."""
+def _by_distance(position_bias: Tensor, rows: int, k_rows: int, offset: int) -> Tensor:
+    """(1, heads, rows, k_rows): what each logit gets."""
+    far = position_bias.shape[1] // 2
+    t, u = (torch.arange(n, dtype=torch.float32) for n in (rows, k_rows))
+    at = ((u[None] - (t + offset)[:, None]).clamp(-far, far) + far).to(torch.int32)
+    return torch.nn.functional.embedding(at, position_bias.T).permute(2, 0, 1)[None]
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, a: Blocks, b: Blocks, offset: int | None, biased: Tensor | None
+) -> Tensor:
+    """`offset` is the position of row 0 in a causal attention; `biased` is added to the logits."""
     outside = ((1 - b.valid) * OUT)[:, None, None]
     logits = _logits(_product(q, k.transpose(-1, -2)), (1 - keep) * OUT, outside, a, b)
+    if biased is not None:
+        logits = logits + biased
     if offset is not None:
         future = torch.arange(k.shape[2])[None] > torch.arange(q.shape[2])[:, None] + offset
         logits = logits + torch.where(future, OUT, 0.0)

@@ -43,11 +43,15 @@ class Scorer(torch.nn.Module):
         for name, value in parameters._asdict().items():
             self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32).clone())
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, causal: bool, scale: float) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, causal: bool, scale: float,
+        position_bias: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Attention in q's dtype; selection and accumulation are float32. A causal q holds the last rows of k."""
         config, (q_len, kv_len) = masked(self.config, q, k, lengths, causal)
         found: Tensor = torch.ops.edgeformer.dsa(
             q.float(), k.float(), v.float(), *(x.float() for x in self.parameters_of()), q_len, kv_len,
+            position_bias if position_bias is None else position_bias.float(),
             **op.selection(config), compute=self.compute, scale=scale,
         )  # fmt: skip
         return found.to(q.dtype)
@@ -255,18 +259,42 @@ def visible(
     return seen & (u <= c.q_offset + t[:, None]) if c.causal else seen
 
 
+def distances(c: Config, q: Tensor, k: Tensor, position_bias: Tensor, rows: slice = slice(None)) -> Tensor:
+    """The column of `position_bias` [H, 2P+1] that each logit gets: [rows, Nk] int64."""
+    far = position_bias.shape[1] // 2
+    t = torch.arange(q.shape[2], device=q.device)[rows]
+    u = torch.arange(k.shape[2], device=q.device)
+    return (u - (c.q_offset + t[:, None])).clamp(-far, far) + far
+
+
 def attend(
-    c: Config, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, q_len: Tensor | None = None, kv_len: Tensor | None = None
+    c: Config,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: Tensor,
+    q_len: Tensor | None = None,
+    kv_len: Tensor | None = None,
+    position_bias: Tensor | None = None,
 ) -> Tensor:
     group = q.shape[1] // k.shape[1]
     k, v = (only_valid(x, kv_len).repeat_interleave(group, 1) for x in (k, v))
     seen = visible(kept, c, q, k, q_len, kv_len)
     z = only_valid(q, q_len) @ k.mT * (c.scale or q.shape[3] ** -0.5)
+    if position_bias is not None:
+        z = z + position_bias[:, distances(c, q, k, position_bias)]
     return softmax(z.masked_fill(~seen, -torch.inf)) @ v
 
 
 def forward(
-    c: Config, q: Tensor, k: Tensor, v: Tensor, s: Parameters, q_len: Tensor | None = None, kv_len: Tensor | None = None
+    c: Config,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s: Parameters,
+    q_len: Tensor | None = None,
+    kv_len: Tensor | None = None,
+    position_bias: Tensor | None = None,
 ) -> Tensor:
     """`edgeformer::dsa` as plain torch operations."""
-    return attend(c, q, k, v, select(c, q, k, s, q_len, kv_len), q_len, kv_len)
+    return attend(c, q, k, v, select(c, q, k, s, q_len, kv_len), q_len, kv_len, position_bias)

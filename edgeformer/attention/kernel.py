@@ -27,7 +27,12 @@ _FIELDS = (
 
 
 class CConfig(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_int32) for name in _FIELDS), ("scale", ctypes.c_float)]
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in _FIELDS),
+        ("scale", ctypes.c_float),
+        ("positions", ctypes.c_int32),
+        ("position_bias", ctypes.c_void_p),
+    ]
 
 
 class CTensor(ctypes.Structure):
@@ -71,7 +76,7 @@ def only(name: str | None) -> Iterator[bool]:
         library().dsa_limit(None)
 
 
-def config(c: Config, q: Any, k: Any, s: Any = None, compute: int = F32) -> CConfig:
+def config(c: Config, q: Any, k: Any, s: Any = None, compute: int = F32, position_bias: Array | None = None) -> CConfig:
     """Of anything with shapes: numpy arrays or torch tensors."""
     shapes = dict(
         zip(("batch", "q_heads", "q_rows", "dim"), q.shape, strict=True), kv_heads=k.shape[1], k_rows=k.shape[2]
@@ -79,7 +84,11 @@ def config(c: Config, q: Any, k: Any, s: Any = None, compute: int = F32) -> CCon
     scorer = {"rank": 1, "dist": 0, "sinks": 0}
     if s is not None:
         scorer = {"rank": s.wq.shape[2], "dist": s.dist_bias.shape[1] // 2, "sinks": s.sink_bias.shape[1]}
-    return CConfig(**vars(c), **shapes, **scorer, compute=compute)
+    made = CConfig(**vars(c), **shapes, **scorer, compute=compute)
+    if position_bias is not None:
+        made.keep = np.ascontiguousarray(position_bias, np.float32)
+        made.positions, made.position_bias = made.keep.shape[1] // 2, made.keep.ctypes.data
+    return made
 
 
 def why(c: CConfig) -> str | None:
@@ -124,12 +133,14 @@ def attend(
     threads: int = 1,
     compute: int = F32,
     out: Array | None = None,
+    position_bias: Array | None = None,
 ) -> Array:
     if lists is not None and lists.idx.shape != (want := empty_lists(c, q, k).idx.shape):
         raise ValueError(f"idx has shape {lists.idx.shape}; this config's lists have {want}")
     out = np.empty(q.shape, np.float32) if out is None else out
     before = (tensor(q), tensor(k), tensor(v), *addresses(lists or (None, None)), lengths(q_len, kv_len))
-    prepare("dsa_attend", config(c, q, k, compute=compute), before, output(out), threads)()
+    given = config(c, q, k, None, compute, position_bias)
+    prepare("dsa_attend", given, before, output(out), threads)()
     return out
 
 
@@ -144,11 +155,13 @@ def fused(
     threads: int = 1,
     compute: int = F32,
     out: Array | None = None,
+    position_bias: Array | None = None,
 ) -> tuple[Array, tuple[int, int]]:
     """The output, and how many blocks were kept of how many candidates."""
     out, kept = np.empty(q.shape, np.float32) if out is None else out, np.zeros(2, np.int64)
     before = (tensor(q), tensor(k), tensor(v), scorer(s), lengths(q_len, kv_len))
-    prepare("dsa_fused", config(c, q, k, s, compute), before, (*output(out), *addresses([kept])), threads)()
+    given = config(c, q, k, s, compute, position_bias)
+    prepare("dsa_fused", given, before, (*output(out), *addresses([kept])), threads)()
     return out, (int(kept[0]), int(kept[1]))
 
 

@@ -2,7 +2,8 @@
 Block-DSA in ONNX: one node `ai.edgeformer::DSA`, and a model-local function of the same name in standard operators.
 
 A runtime with our library takes the node; any other inlines the function. The function is rule 0 as a masked dense
-attention: the same numbers at dense cost, without a sort. It cannot express the other rules or a clamp. One difference
+attention: the same numbers at dense cost, without a sort. It cannot express the other rules or a clamp. A function
+cannot ask whether an operand is there, so a model with a position bias carries a function that has one. One difference
 is left: a NaN in a token that was not kept reaches the rows that did not look at it.
 """
 
@@ -19,7 +20,8 @@ from .composite import inexpressible
 
 DOMAIN, NAME, VERSION = "ai.edgeformer", "DSA", 1
 OPSET = 20
-OPERANDS = ("q", "k", "v", "wq", "wk", "dist_bias", "sink_bias", "theta", "q_len", "kv_len")
+LENGTHS, POSITION = ("q_len", "kv_len"), "position_bias"
+OPERANDS = ("q", "k", "v", "wq", "wk", "dist_bias", "sink_bias", "theta", *LENGTHS, POSITION)
 INTEGERS = {
     "block_q": 64,
     "block_k": 64,
@@ -35,6 +37,21 @@ INTEGERS = {
     "compute": 0,
 }
 
+_LOGITS = "  logits = MatMul (q_masked, k_t)\n"
+_BIASED_LOGITS = """
+  products = MatMul (q_masked, k_t)
+  here = Add (t, offset)
+  here_col = Unsqueeze (here, axis1)
+  away = Sub (u, here_col)
+  columns = Shape <start = 1, end = 2> (position_bias)
+  far = Div (columns, two)
+  far_down = Neg (far)
+  away_low = Max (away, far_down)
+  away_in = Min (away_low, far)
+  away_at = Add (away_in, far)
+  by_distance = Gather <axis = 1> (position_bias, away_at)
+  logits = Add (products, by_distance)
+"""
 _BODY = """
   zero = Constant <value_int = 0> ()
   one = Constant <value_int = 1> ()
@@ -281,8 +298,9 @@ def schema() -> defs.OpSchema:
     """The node's signature, known to the exporter and to shape inference from the first call on."""
     parameter, attribute = defs.OpSchema.FormalParameter, defs.OpSchema.Attribute
     optional = defs.OpSchema.FormalParameterOption.Optional
-    inputs = [parameter(name, "T") for name in OPERANDS[:-2]]
-    inputs += [parameter(name, "N", param_option=optional) for name in OPERANDS[-2:]]
+    inputs = [parameter(name, "T") for name in OPERANDS[:-3]]
+    inputs += [parameter(name, "N", param_option=optional) for name in LENGTHS]
+    inputs += [parameter(POSITION, "T", param_option=optional)]
     attributes = [attribute(name, onnx.helper.make_attribute(name, value)) for name, value in INTEGERS.items()]
     made = defs.OpSchema(
         NAME,
@@ -300,21 +318,34 @@ def schema() -> defs.OpSchema:
 
 
 @cache
-def function() -> onnx.FunctionProto:
-    """The body in standard operators, with every operand present."""
+def function(biased: bool = False) -> onnx.FunctionProto:
+    """The body in standard operators, with every operand present; the position bias if `biased`."""
     head = ", ".join([*(f"{name}: int = {value}" for name, value in INTEGERS.items()), "scale: float = 0.0"])
-    signature = f"{NAME} <{head}> ({', '.join(OPERANDS)}) => (out)"
-    return parser.parse_function(f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}]> {signature} {{{_BODY}}}')
+    signature = f"{NAME} <{head}> ({', '.join(OPERANDS if biased else OPERANDS[:-1])}) => (out)"
+    body = _BODY.replace(_LOGITS, _BIASED_LOGITS) if biased else _BODY
+    return parser.parse_function(f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}]> {signature} {{{body}}}')
 
 
 def present(proto: onnx.ModelProto) -> bool:
-    return any(node.domain == DOMAIN and node.op_type == NAME for node in proto.graph.node)
+    return bool(_nodes(proto))
+
+
+def biased(proto: onnx.ModelProto) -> bool:
+    """Whether the model's DSA nodes have a position bias. Raises ValueError where only some do."""
+    found = {node.input[-1] != "" and len(node.input) == len(OPERANDS) for node in _nodes(proto)}
+    if len(found) > 1:
+        raise ValueError("a model has one function DSA: give all of its nodes a position_bias, or none")
+    return found == {True}
+
+
+def _nodes(proto: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [node for node in proto.graph.node if node.domain == DOMAIN and node.op_type == NAME]
 
 
 def attach(proto: onnx.ModelProto) -> None:
     """Adds the function to a model that has DSA nodes; others stay as they are."""
     if present(proto) and not any(f.domain == DOMAIN and f.name == NAME for f in proto.functions):
-        proto.functions.append(function())
+        proto.functions.append(function(biased(proto)))
 
 
 def node(  # the torch operator's signature: the exporter reads names, order and types off it
@@ -328,6 +359,7 @@ def node(  # the torch operator's signature: the exporter reads names, order and
     theta: Any,
     q_len: Any = None,
     kv_len: Any = None,
+    position_bias: Any = None,
     block_q: int = 64,
     block_k: int = 64,
     rule: int = 0,
@@ -350,7 +382,8 @@ def node(  # the torch operator's signature: the exporter reads names, order and
     schema()
     dsa = values.Opset(DOMAIN, VERSION).DSA
     attributes = {name: given[name] for name in (*INTEGERS, "scale")}
-    return dsa(q, k, v, wq, wk, dist_bias, sink_bias, theta, *lengths, **attributes)
+    last = [] if position_bias is None else [position_bias]
+    return dsa(q, k, v, wq, wk, dist_bias, sink_bias, theta, *lengths, *last, **attributes)
 
 
 def _full(x: Any) -> Any:

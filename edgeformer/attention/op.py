@@ -3,7 +3,8 @@
 
     o = torch.ops.edgeformer.dsa(q, k, v, wq, wk, dist_bias, sink_bias, theta, q_len, kv_len, block_q=64, ...)
 
-`dsa` is `dsa_attend` over the lists of `dsa_select`, bit for bit. Gradients reach q, k and v through the attention, the
+`dsa` is `dsa_attend` over the lists of `dsa_select`, bit for bit. `position_bias` [Hq, 2P+1] is added to the logits by
+key position - query position, clamped to P. Gradients reach q, k, v and the position bias through the attention, the
 selection held fixed; the scorer gets none (it is trained by itself, see `scorer.py`), and int8 attention has the
 gradient of f32. Threads: as many as torch has; their number never changes a bit of the result.
 """
@@ -14,7 +15,7 @@ import ctypes
 import itertools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
@@ -34,11 +35,12 @@ _ATTRIBUTES = (
 _ALL = f"{_ATTRIBUTES}, int compute=0, float scale=0.0"
 _LENGTHS = "Tensor? q_len=None, Tensor? kv_len=None"
 _SCORER = "Tensor wq, Tensor wk, Tensor dist_bias, Tensor sink_bias, Tensor theta"
+_POSITION = "Tensor? position_bias=None"
 _ATTEND = (
-    f"Tensor idx, Tensor cnt, {_LENGTHS}, *, int block_q=64, int block_k=64, int causal=0, int q_offset=0, "
-    "int compute=0, float scale=0.0"
+    f"Tensor idx, Tensor cnt, {_LENGTHS}, {_POSITION}, *, "
+    "int block_q=64, int block_k=64, int causal=0, int q_offset=0, int compute=0, float scale=0.0"
 )
-_OPERANDS = f"Tensor q, Tensor k, Tensor v, {_SCORER}, {_LENGTHS}, *, {_ALL}"
+_OPERANDS = f"Tensor q, Tensor k, Tensor v, {_SCORER}, {_LENGTHS}, {_POSITION}, *, {_ALL}"
 SCHEMA = f"dsa({_OPERANDS}) -> Tensor"
 SCHEMA_OUT = (
     f"dsa.out({_OPERANDS}, Tensor(a!) out) -> Tensor(a!)"  # what ExecuTorch makes of the call; it has no torch kernel
@@ -48,6 +50,7 @@ SCHEMA_ATTEND = f"dsa_attend(Tensor q, Tensor k, Tensor v, {_ATTEND}) -> Tensor"
 SCHEMA_BACKWARD = (
     f"dsa_attend_backward(Tensor grad, Tensor q, Tensor k, Tensor v, {_ATTEND}) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
+SCHEMA_POSITION_BACKWARD = f"dsa_position_backward(Tensor grad, Tensor q, Tensor k, Tensor v, {_ATTEND}) -> Tensor"
 _GRADIENT_BYTES = 64 << 20  # of one chunk of query rows against all keys
 
 Tensor = torch.Tensor
@@ -129,6 +132,11 @@ def _backward_fake(_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _position_backward_fake(*given: Any, **_: Any) -> Tensor:
+    position_bias: Tensor = given[8]
+    return position_bias.new_empty(position_bias.shape)
+
+
 # --- the C core -------------------------------------------------------------------------------------------------------
 
 
@@ -143,6 +151,7 @@ def _dsa(
     theta: Tensor,
     q_len: Tensor | None = None,
     kv_len: Tensor | None = None,
+    position_bias: Tensor | None = None,
     *,
     compute: int = kernel.F32,
     **attributes: Any,
@@ -154,7 +163,7 @@ def _dsa(
     inputs = (_tensor(q), _tensor(k), _tensor(v), _pointers(scorer), _lengths(q, q_len, kv_len))
     _call(
         "dsa_fused",
-        kernel.config(config, q, k, scorer, compute),
+        _biased(kernel.config(config, q, k, scorer, compute), q, position_bias),
         inputs,
         (*_output(out), kept),
         (scorer, q_len, kv_len),
@@ -200,6 +209,7 @@ def _attend(
     cnt: Tensor,
     q_len: Tensor | None = None,
     kv_len: Tensor | None = None,
+    position_bias: Tensor | None = None,
     *,
     compute: int = kernel.F32,
     **attributes: Any,
@@ -208,7 +218,8 @@ def _attend(
     q, k, v = _operands(q, k, v)
     idx, cnt, out = idx.contiguous(), cnt.contiguous(), q.new_empty(q.shape)
     inputs = (_tensor(q), _tensor(k), _tensor(v), _pointer(idx), _pointer(cnt), _lengths(q, q_len, kv_len))
-    _call("dsa_attend", kernel.config(config, q, k, None, compute), inputs, _output(out), (q_len, kv_len))
+    given = _biased(kernel.config(config, q, k, None, compute), q, position_bias)
+    _call("dsa_attend", given, inputs, _output(out), (q_len, kv_len))
     _tally.add()
     return out
 
@@ -224,7 +235,7 @@ def _call(
 ) -> None:
     """One call of the core with workspace and threads of ours; `alive` holds what the pointers point to."""
     if reason := kernel.why(c):
-        given = ", ".join(f"{field[0]}={getattr(c, field[0])}" for field in c._fields_)
+        given = ", ".join(f"{x[0]}={getattr(c, x[0])}" for x in c._fields_ if x[0] != "position_bias")
         raise BadInput(f"edgeformer::{name}: {reason}; got {given}")
     threads = torch.get_num_threads()
     # Models hand over rows of all heads side by side (BNHD); with room for a copy the core is faster on those.
@@ -294,6 +305,19 @@ def _scorer(c: Config, q: Tensor, k: Tensor, *tensors: Tensor) -> Parameters:
     return Parameters(*(x.detach().contiguous() for x in tensors))
 
 
+def _biased(c: kernel.CConfig, q: Tensor, position_bias: Tensor | None) -> kernel.CConfig:
+    if position_bias is None:
+        return c
+    shape = tuple(position_bias.shape)
+    if position_bias.dtype != torch.float32 or len(shape) != 2 or shape[0] != q.shape[1] or shape[1] % 2 == 0:
+        raise BadInput(
+            f"edgeformer::dsa: position_bias must be float32 [{q.shape[1]}, 2P+1], got {position_bias.dtype} {shape}"
+        )
+    c.keep = position_bias.detach().contiguous()
+    c.positions, c.position_bias = shape[1] // 2, c.keep.data_ptr()
+    return c
+
+
 def _listed(config: Config, q: Tensor, k: Tensor, idx: Tensor, cnt: Tensor) -> Config:
     """The config whose lists have this shape. The core trusts lists, so a block outside k is refused here."""
     blocks, heads = _ceil(k.shape[2], config.block_k), (q.shape[1], k.shape[1])
@@ -357,6 +381,7 @@ def _attend_backward(
     cnt: Tensor,
     q_len: Tensor | None = None,
     kv_len: Tensor | None = None,
+    position_bias: Tensor | None = None,
     *,
     compute: int = kernel.F32,
     **attributes: Any,
@@ -366,10 +391,68 @@ def _attend_backward(
 
     del compute
     config, aten = _placed(attributes, q, k), torch.ops.aten
-    kept = dsa.from_lists(idx, cnt, _ceil(k.shape[2], config.block_k))
     scale, group = config.scale or q.shape[3] ** -0.5, q.shape[1] // k.shape[1]
     keys, values = (dsa.only_valid(x, kv_len).repeat_interleave(group, 1) for x in (k, v))
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(keys), torch.zeros_like(values)
+    for rows, rows_q, rows_grad, mask in _chunks(config, grad, q, k, idx, cnt, q_len, kv_len, position_bias):
+        given = (rows_q, keys, values)
+        out = aten._scaled_dot_product_flash_attention_for_cpu(*given, attn_mask=mask, scale=scale)
+        found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            rows_grad, *given, *out, 0.0, False, attn_mask=mask, scale=scale
+        )
+        dq[:, :, rows] = found[0]
+        dk += found[1]
+        dv += found[2]
+    heads = (k.shape[0], k.shape[1], group, *k.shape[2:])
+    return dq.contiguous(), dk.reshape(heads).sum(2), dv.reshape(heads).sum(2)
+
+
+def _position_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    idx: Tensor,
+    cnt: Tensor,
+    q_len: Tensor | None = None,
+    kv_len: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    *,
+    compute: int = kernel.F32,
+    **attributes: Any,
+) -> Tensor:
+    """The gradient of the position bias, in the same chunks: of each logit, summed by its distance."""
+    from . import dsa
+
+    del compute
+    assert position_bias is not None
+    config, found = _placed(attributes, q, k), torch.zeros_like(position_bias)
+    scale, group = config.scale or q.shape[3] ** -0.5, q.shape[1] // k.shape[1]
+    keys, values = (dsa.only_valid(x, kv_len).repeat_interleave(group, 1) for x in (k, v))
+    for rows, rows_q, rows_grad, mask in _chunks(config, grad, q, k, idx, cnt, q_len, kv_len, position_bias):
+        p = torch.softmax(rows_q @ keys.mT * scale + mask, -1)
+        by_p = rows_grad @ values.mT
+        by_logit = p * (by_p - (p * by_p).sum(-1, keepdim=True))
+        at = dsa.distances(config, q, k, position_bias, rows)
+        found.index_add_(1, at.flatten(), by_logit.sum(0).flatten(1))
+    return found
+
+
+def _chunks(
+    config: Config,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    idx: Tensor,
+    cnt: Tensor,
+    q_len: Tensor | None,
+    kv_len: Tensor | None,
+    position_bias: Tensor | None,
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Some rows at a time, their q, their gradient, and what is added to their logits."""
+    from . import dsa
+
+    kept = dsa.from_lists(idx, cnt, _ceil(k.shape[2], config.block_k))
     step, plain = _chunk(q, k, config.block_q), _only_lists(config, kept, q, k, q_len, kv_len)
     for first in range(0, q.shape[2], step):
         rows = slice(first, first + step)
@@ -382,16 +465,9 @@ def _attend_backward(
             rows_q, rows_grad = (torch.where(alive, x, 0.0) for x in (rows_q, rows_grad))
             # A row that sees nothing has no gradient, whatever it is shown; shown nothing, it would be NaN.
             mask = torch.where(seen | ~alive, 0.0, -torch.inf)
-        given = (rows_q, keys, values)
-        out = aten._scaled_dot_product_flash_attention_for_cpu(*given, attn_mask=mask, scale=scale)
-        found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            rows_grad, *given, *out, 0.0, False, attn_mask=mask, scale=scale
-        )
-        dq[:, :, rows] = found[0]
-        dk += found[1]
-        dv += found[2]
-    heads = (k.shape[0], k.shape[1], group, *k.shape[2:])
-    return dq.contiguous(), dk.reshape(heads).sum(2), dv.reshape(heads).sum(2)
+        if position_bias is not None:
+            mask = mask + position_bias[:, dsa.distances(config, q, k, position_bias, rows)]
+        yield rows, rows_q, rows_grad, mask
 
 
 def _only_lists(c: Config, kept: Tensor, q: Tensor, k: Tensor, q_len: Tensor | None, kv_len: Tensor | None) -> bool:
@@ -424,18 +500,24 @@ def _keep_for_backward(names: int) -> Callable[..., None]:
 
 
 def _dsa_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, *scorer, q_len, kv_len = ctx.saved_tensors
+    q, k, v, *scorer, q_len, kv_len, position_bias = ctx.saved_tensors
     attend = ("block_q", "block_k", "causal", "q_offset", "compute", "scale")
     chosen = {name: value for name, value in ctx.attributes.items() if name not in ("compute", "scale")}
     idx, cnt = torch.ops.edgeformer.dsa_select(q, k, *scorer, q_len, kv_len, **chosen)
     rest = {name: ctx.attributes[name] for name in attend}
-    found = torch.ops.edgeformer.dsa_attend_backward(grad, q, k, v, idx, cnt, q_len, kv_len, **rest)
-    return (*found, *(None,) * (ctx.count - 3))
+    return _gradients(ctx, (grad, q, k, v, idx, cnt, q_len, kv_len, position_bias), rest)
 
 
 def _attend_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    found = torch.ops.edgeformer.dsa_attend_backward(grad, *ctx.saved_tensors, **ctx.attributes)
-    return (*found, *(None,) * (ctx.count - 3))
+    return _gradients(ctx, (grad, *ctx.saved_tensors), ctx.attributes)
+
+
+def _gradients(ctx: Any, given: tuple[Any, ...], attributes: dict[str, Any]) -> tuple[Tensor | None, ...]:
+    """Of the first three operands and of the last, the position bias; that of the latter only where it is trained."""
+    found = torch.ops.edgeformer.dsa_attend_backward(*given, **attributes)
+    trained = any(ctx.needs_input_grad[ctx.count - 1 :])  # where the call leaves it out, this is past the end
+    last = torch.ops.edgeformer.dsa_position_backward(*given, **attributes) if trained else None
+    return (*found, *(None,) * (ctx.count - 4), last)
 
 
 def _no_second_gradient(_ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
@@ -455,8 +537,9 @@ def _define(
         torch.library.register_autograd(name, gradient, setup_context=_keep_for_backward(inputs))
 
 
-_define(SCHEMA_BACKWARD, _attend_backward, _backward_fake, _no_second_gradient, 8)
+_define(SCHEMA_BACKWARD, _attend_backward, _backward_fake, _no_second_gradient, 9)
+_define(SCHEMA_POSITION_BACKWARD, _position_backward, _position_backward_fake, _no_second_gradient, 9)
 _define(SCHEMA_SELECT, _select, _select_fake)
-_define(SCHEMA_ATTEND, _attend, _same_shape, _attend_gradient, 7)
-_define(SCHEMA, _dsa, _same_shape, _dsa_gradient, 10)
+_define(SCHEMA_ATTEND, _attend, _same_shape, _attend_gradient, 8)
+_define(SCHEMA, _dsa, _same_shape, _dsa_gradient, 11)
 torch.library.define(f"{NAMESPACE}::dsa.out", SCHEMA_OUT.removeprefix("dsa.out"))

@@ -53,8 +53,8 @@ class Pattern:
 
 # --- choosing blocks --------------------------------------------------------------------------------------------------
 
-# Given q, k and lengths: which blocks to keep, [B or 1, H, nQ, nK] bool.
-Choose = Callable[[Config, Tensor, Tensor, Tensor | None], Tensor]
+# Given q, k, lengths and position bias: which blocks to keep, [B or 1, H, nQ, nK] bool.
+Choose = Callable[[Config, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 class _Blocks(torch.nn.Module):
@@ -64,15 +64,18 @@ class _Blocks(torch.nn.Module):
         super().__init__()
         self.choose, self.config, self.tally = choose, config, tally
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, causal: bool, scale: float) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, causal: bool, scale: float,
+        position_bias: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         c, (q_len, kv_len) = dsa.masked(self.config, q, k, lengths, causal)
         nq, nk = blocks(q.shape[2], c.block_q), blocks(k.shape[2], c.block_k)
         seen = dsa.plan(c, q.shape[0], nq, nk, dsa.full_lengths(q, q_len), dsa.full_lengths(k, kv_len)).candidates
-        kept = self.choose(c, q, k, lengths) & seen
+        kept = self.choose(c, q, k, lengths, position_bias) & seen
         self.tally.add(int(kept.sum()), int(seen.expand_as(kept).sum()))
         attributes = op.attention(c)
         out: Tensor = torch.ops.edgeformer.dsa_attend(
-            q, k, v, *dsa.to_lists(kept), q_len, kv_len, **attributes, scale=scale
+            q, k, v, *dsa.to_lists(kept), q_len, kv_len, position_bias, **attributes, scale=scale
         )
         return out
 
@@ -81,7 +84,7 @@ def _fixed(stats: scorer.Statistics, kept: Tensor) -> Pattern:
     """The same lists [L, H, nQ, nK] for every input; shorter ones use the upper left part."""
 
     def make(layer: swap.Layer, tally: Tally) -> torch.nn.Module:
-        def choose(c: Config, q: Tensor, k: Tensor, _: Tensor | None) -> Tensor:
+        def choose(c: Config, q: Tensor, k: Tensor, *_: Tensor | None) -> Tensor:
             nq, nk = blocks(q.shape[2], c.block_q), blocks(k.shape[2], c.block_k)
             if nq > kept.shape[2] or nk > kept.shape[3]:
                 raise BadInput(f"a fixed pattern for {kept.shape[3]} blocks cannot serve {nk}")
@@ -155,9 +158,12 @@ class _Scored(torch.nn.Module):
         super().__init__()
         self.inner, self.tally = inner, tally
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, causal: bool, scale: float) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, causal: bool, scale: float,
+        position_bias: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         before = op.counters()
-        out: Tensor = self.inner(q, k, v, lengths, causal, scale)
+        out: Tensor = self.inner(q, k, v, lengths, causal, scale, position_bias)
         after = op.counters()
         self.tally.add(after.kept - before.kept, after.candidates - before.candidates)
         return out
@@ -198,15 +204,16 @@ def oracle(stats: scorer.Statistics, budget: float) -> Pattern:
     theta = scorer.calibrated_on(stats, budget)
 
     def make(layer: swap.Layer, tally: Tally) -> torch.nn.Module:
-        def choose(c: Config, q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor:
+        def choose(c: Config, q: Tensor, k: Tensor, lengths: Tensor | None, bias: Tensor | None) -> Tensor:
             mass = torch.zeros(*q.shape[:2], blocks(q.shape[2], c.block_q), blocks(k.shape[2], c.block_k))
             valid = dsa.full_lengths(k, lengths)
             for b, n in enumerate(valid.tolist()):
                 unused = torch.zeros_like(q[b, :, :n])
                 here = mass[b, :, : blocks(n, c.block_q), : blocks(n, c.block_k)]
-                scorer.dense_with_mass(c, q[b, :, :n], k[b, :, :n], k[b, :, :n], q.shape[3] ** -0.5, unused, here)
-            shown = dsa.plan(c, q.shape[0], mass.shape[2], mass.shape[3], valid, valid)
-            return dsa.choose(c, mass, shown, theta[layer.number], 0)
+                shown = (q[b, :, :n], k[b, :, :n], k[b, :, :n])
+                scorer.dense_with_mass(c, *shown, q.shape[3] ** -0.5, unused, here, bias)
+            plan = dsa.plan(c, q.shape[0], mass.shape[2], mass.shape[3], valid, valid)
+            return dsa.choose(c, mass, plan, theta[layer.number], 0)
 
         return _Blocks(choose, stats.config, tally)
 
@@ -219,6 +226,8 @@ def oracle(stats: scorer.Statistics, budget: float) -> Pattern:
 def _bidirectional(layer: swap.Layer, name: str) -> None:
     if layer.causal:
         raise BadInput(f"{name} is compared on encoders only: this model is causal")
+    if layer.biased:
+        raise BadInput(f"{name} has no logits that this model could add its position bias to")
 
 
 class _Performer(torch.nn.Module):

@@ -177,8 +177,12 @@ def attend(
     q_len: Array | None = None,
     kv_len: Array | None = None,
     dtype: npt.DTypeLike = np.float64,
+    position_bias: Array | None = None,
 ) -> Array:
-    """Exact attention over the listed blocks (None: all). Padded rows and rows with nothing to see are 0."""
+    """
+    Exact attention over the listed blocks (None: all). Padded rows and rows with nothing to see are 0.
+    position_bias: f32 [Hq, 2P+1], added to the logits by key position - query position, clamped to P.
+    """
     batch, heads, q_rows, dim = q.shape
     groups, k_rows = k.shape[1], k.shape[2]
     out = np.zeros(q.shape, dtype)
@@ -197,8 +201,12 @@ def attend(
             continue
         group = h * groups // heads
         logits = (c.scale or dim**-0.5) * (q[b, h, rows].astype(dtype) @ k[b, group, keys].astype(dtype).T)
+        distance = keys[None] - (c.q_offset + rows[:, None])
+        if position_bias is not None:
+            far = position_bias.shape[1] // 2
+            logits += position_bias[h, np.clip(distance, -far, far) + far]
         if c.causal:
-            logits[keys[None] > c.q_offset + rows[:, None]] = -np.inf
+            logits[distance > 0] = -np.inf
         out[b, h, rows] = softmax(logits) @ v[b, group, keys].astype(dtype)
     return out
 
@@ -212,8 +220,9 @@ def fused(
     q_len: Array | None = None,
     kv_len: Array | None = None,
     dtype: npt.DTypeLike = np.float64,
+    position_bias: Array | None = None,
 ) -> Array:
-    return attend(c, q, k, v, select(c, q, k, s, q_len, kv_len), q_len, kv_len, dtype)
+    return attend(c, q, k, v, select(c, q, k, s, q_len, kv_len), q_len, kv_len, dtype, position_bias)
 
 
 def margin(c: Config, mass: Array, forced: Array, theta: float, k_rows: int) -> float:

@@ -88,8 +88,11 @@ class _Recorder(torch.nn.Module):
         super().__init__()
         self.stats, self.layer, self.at, self.inside = stats, layer, at, inside
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, causal: bool, scale: float) -> Tensor:
-        sparse = None if self.inside is None else self.inside(q, k, v, lengths, causal, scale)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, causal: bool, scale: float,
+        position_bias: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        sparse = None if self.inside is None else self.inside(q, k, v, lengths, causal, scale, position_bias)
         stats, full = self.stats, q.shape[2]
         n = full if lengths is None else int(lengths[0])
         if q.shape[0] != 1 or full != k.shape[2] or not 0 < n <= _capacity(stats):
@@ -100,7 +103,7 @@ class _Recorder(torch.nn.Module):
         for into, x, block in ((stats.qm, q, c.block_q), (stats.km, k, c.block_k)):
             into[at, layer, :, : blocks(n, block)] = dsa.pool(x[None], block, None)[0]
         out = torch.zeros(1, q.shape[0], full, q.shape[2])
-        dense_with_mass(c, q, k, v, scale or q.shape[2] ** -0.5, out[0], stats.mass[at, layer])
+        dense_with_mass(c, q, k, v, scale or q.shape[2] ** -0.5, out[0], stats.mass[at, layer], position_bias)
         return out if sparse is None else sparse
 
 
@@ -108,7 +111,10 @@ def _capacity(stats: Statistics) -> int:
     return stats.mass.shape[-1] * stats.config.block_k
 
 
-def dense_with_mass(c: Config, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, mass: Tensor) -> None:
+def dense_with_mass(
+    c: Config, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, mass: Tensor,
+    position_bias: Tensor | None = None,
+) -> None:  # fmt: skip
     """Softmax attention of [H,N,D] into `out`, the mean mass of each block into `mass` [H,nQ,nK], by chunks of rows."""
     n, nk = q.shape[1], blocks(k.shape[1], c.block_k)
     step = max(BUFFER_BYTES // (4 * nk * c.block_k * c.block_q), 1) * c.block_q
@@ -119,6 +125,8 @@ def dense_with_mass(c: Config, q: Tensor, k: Tensor, v: Tensor, scale: float, ou
             rows = slice(first, min(first + step, n))
             p = buffer[: rows.stop - first, : k.shape[1]]
             torch.mm(q[h, rows] * scale, k[group].T, out=p)
+            if position_bias is not None:
+                p += _bias_of(position_bias[h], rows, k.shape[1])
             if c.causal:
                 p.masked_fill_(torch.arange(k.shape[1]) > torch.arange(first, rows.stop)[:, None], -torch.inf)
             torch.softmax(p, -1, out=p)
@@ -126,6 +134,13 @@ def dense_with_mass(c: Config, q: Tensor, k: Tensor, v: Tensor, scale: float, ou
             by_block = buffer[: rows.stop - first].view(1, 1, -1, nk, c.block_k).sum(-1)
             at = slice(first // c.block_q, blocks(rows.stop, c.block_q))
             mass[h, at, :nk] = dsa.pool(by_block, c.block_q, None)[0, 0]
+
+
+def _bias_of(table: Tensor, rows: slice, n: int) -> Tensor:
+    """What a position bias [2P+1] adds to these rows against n keys. A row is the next one's, a token further on."""
+    far = len(table) // 2
+    line = table[torch.arange(1 - n, n).clamp(-far, far) + far]
+    return line.unfold(0, n, 1)[n - rows.stop : n - rows.start].flip(0)
 
 
 def collect(

@@ -6,7 +6,8 @@ is fixed when the program is written, so something must bound how many blocks a 
 Heads that keep about as many share a width; there are at most three (`BUCKETS`).
 
 A layer stays dense where this would be more multiply-adds than dense attention: per head, in units of dense attention,
-width / blocks for attending and width / block size for fetching; scoring is left out (under 1 % of it). It also stays
+width / blocks for attending and width / block size for fetching; scoring is left out (under 1 % of it), and so is a
+position bias (fetched like keys, as tiles: one for each distance between blocks that it tells apart). It also stays
 dense at `dense_below` tokens or fewer, with a causal mask, or where a length is no multiple of the block.
 
 Same numbers as the definition on valid rows. Rows of padding, which nothing reads, are not zeroed.
@@ -100,13 +101,17 @@ class Static(torch.nn.Module):
         self.scorer, self.buckets = scorer, found
         self.register_buffer("counts", torch.tensor(counts, dtype=torch.float32).reshape(-1, 1, 1))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, causal: bool, scale: float) -> Tensor:  # noqa: ARG002
-        """q [1,H,N,D], k and v [1,Hkv,N,D], lengths [1] or None."""
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, causal: bool, scale: float,  # noqa: ARG002
+        position_bias: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """q [1,H,N,D], k and v [1,Hkv,N,D], lengths [1] or None, position_bias [H, 2P+1] or None."""
         groups = q.shape[1] // k.shape[1]
         k, v = (_repeated(x, groups) for x in (k, v))
         valid = _valid(q.shape[2], lengths)
         rank, keep = self._ranked(q, k, valid)
-        parts = [self._attend(bucket, q, k, v, rank, keep, valid, scale) for bucket in self.buckets]
+        given = (q, k, v, rank, keep, valid, scale, position_bias)
+        parts = [self._attend(bucket, *given) for bucket in self.buckets]
         heads = [head for bucket in self.buckets for head in bucket.heads]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         return out if heads == sorted(heads) else _picked(out, [heads.index(h) for h in range(len(heads))])
@@ -147,8 +152,9 @@ class Static(torch.nn.Module):
         return torch.maximum(forced, (torch.arange(blocks) < c.n_sink).float()[None])[None]
 
     def _attend(
-        self, bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, rank: Tensor, keep: Tensor, valid: Tensor, scale: float
-    ) -> Tensor:
+        self, bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, rank: Tensor, keep: Tensor, valid: Tensor, scale: float,
+        position_bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """The heads of one bucket, [1, heads, N, D]."""
         size, dim, heads = self.scorer.config.block_k, q.shape[3], len(bucket.heads)
         blocks, width = q.shape[2] // size, bucket.width
@@ -161,7 +167,24 @@ class Static(torch.nn.Module):
         fetched = [(one_hot @ x.reshape(heads, blocks, size * dim)).reshape(-1, width * size, dim) for x in (k, v)]
         seen = (one_hot @ valid.reshape(1, blocks, size)).reshape(-1, 1, width * size)
         logits = q.reshape(-1, size, dim) * (scale or dim**-0.5) @ fetched[0].transpose(-1, -2)
+        if position_bias is not None:
+            table = _picked(position_bias[None], bucket.heads)[0]
+            logits = logits + _by_distance(table, one_hot.reshape(heads, blocks, width, blocks), size)
         return ((logits + (1 - seen) * MASKED).softmax(-1) @ fetched[1]).reshape(1, heads, blocks * size, dim)
+
+
+def _by_distance(table: Tensor, one_hot: Tensor, size: int) -> Tensor:
+    """What `table` [H, 2P+1] adds to each row's logits against the fetched blocks: [H * blocks, size, width * size]."""
+    far, (heads, blocks, width, _) = table.shape[1] // 2, one_hot.shape
+    most = min(-(-(far + size - 1) // size), blocks - 1)  # blocks further apart get one value, that of P
+    t = torch.arange(size)
+    apart = torch.arange(-most, most + 1)[:, None, None] * size + t[None, None] - t[None, :, None]
+    tiles = table[:, (apart.clamp(-far, far) + far).reshape(-1)].reshape(heads, 2 * most + 1, size * size)
+    i, j = torch.arange(blocks)[:, None, None], torch.arange(blocks)[None, :, None]
+    which = ((j - i).clamp(-most, most) + most == torch.arange(2 * most + 1)).float()
+    wanted = (one_hot @ which[None]).reshape(heads, blocks * width, 2 * most + 1)
+    found = (wanted @ tiles).reshape(heads * blocks, width, size, size)
+    return found.transpose(1, 2).reshape(heads * blocks, size, width * size)
 
 
 def _repeated(x: Tensor, groups: int) -> Tensor:

@@ -9,6 +9,8 @@ gives a custom attention no mask at all, and padding is silently ignored.
     swap.install(model, lambda layer: dsa.fresh(layer.heads, layer.dim), Config(block_q=32, block_k=32))
     model.save_pretrained(folder); model = swap.from_pretrained(type(model), folder)
 
+MPNet, which computes attention by itself and adds a position bias to its logits, is brought here by `mpnet.py`.
+
 Right padding only. Other masks (left padding, packed sequences, a static cache, a mask of one's own) are refused in
 eager mode; in an exported graph lengths are the sum of the mask, whatever it holds. Attention dropout is not applied.
 """
@@ -33,7 +35,7 @@ from transformers.masking_utils import (
 from transformers.utils import is_tracing
 
 from ..errors import BadInput
-from . import dsa
+from . import dsa, mpnet
 from .op import Parameters
 from .reference import Config
 
@@ -51,12 +53,17 @@ class Layer(NamedTuple):
     kv_heads: int
     dim: int
     causal: bool
+    biased: bool = False  # its logits get a position bias: the module is then given one as its last argument
 
 
 def layers(model: torch.nn.Module) -> tuple[Layer, ...]:
     """Every self-attention over the whole sequence, in order. Raises BadInput where the swap cannot see them."""
     found: list[Layer] = []
     for name, module in model.named_modules():
+        if mpnet.is_layer(module):
+            heads, dim = module.num_attention_heads, module.attention_head_size
+            found.append(Layer(len(found), name, module, heads, heads, dim, causal=False, biased=True))
+            continue
         config = getattr(module, "config", None)
         if config is None or not hasattr(module, "is_causal") or "Attention" not in type(module).__name__:
             continue
@@ -76,17 +83,17 @@ def layers(model: torch.nn.Module) -> tuple[Layer, ...]:
 
 def _causal(module: Any) -> bool:
     """A decoder used as an encoder says so in its config (transformers' masking does the same)."""
-    return bool(module.is_causal and getattr(module.config, "is_causal", True))
+    return bool(getattr(module, "is_causal", False) and getattr(module.config, "is_causal", True))
 
 
 def _supported(model: torch.nn.Module, found: list[Layer]) -> None:
-    name = type(transformer(model)).__name__
-    if any("relative_attention_bias" in key for key, _ in model.named_modules()):
+    name, ours = type(transformer(model)).__name__, mpnet.encoder(model) is not None
+    if not ours and any("relative_attention_bias" in key for key, _ in model.named_modules()):
         raise BadInput(
-            f"{name} adds a learned relative position bias to its attention logits; edgeformer::dsa has no operand for "
-            "one, so its result would be wrong. Leave this model dense"
+            f"{name} adds a learned relative position bias to its attention logits, which is read from MPNet only, so "
+            "its result would be wrong. Leave this model dense"
         )
-    if not found or not transformer(model)._can_set_attn_implementation():
+    if not found or not (ours or transformer(model)._can_set_attn_implementation()):
         raise BadInput(f"{name} computes attention outside transformers' attention interface, so it cannot be swapped")
     if bad := next((layer for layer in found if layer.dim % 16), None):
         raise BadInput(f"{bad.name} has heads of {bad.dim}; sparse attention needs a multiple of 16")
@@ -98,6 +105,19 @@ def transformer(model: torch.nn.Module) -> Any:
     if inner is None:
         raise BadInput(f"{type(model).__name__} holds no transformers model; sparse attention is swapped into those")
     return inner
+
+
+def switch(model: torch.nn.Module, implementation: str) -> None:
+    """Which attention the transformers model in `model` computes: NAME for this one, else one of transformers' own."""
+    whole = transformer(model)
+    if mpnet.encoder(whole) is None:
+        whole.set_attn_implementation(implementation)
+        return
+    if implementation == NAME:
+        mpnet.through(whole, _attention)
+    else:
+        mpnet.back(whole)
+    whole.config._attn_implementation = NAME if implementation == NAME else "eager"  # it has one of its own
 
 
 def install(
@@ -114,7 +134,7 @@ def install(
             layer.module.add_module(SCORER, dsa.Scorer(given, config, compute))
             swapped.append(layer)
     whole = transformer(model)
-    whole.set_attn_implementation(NAME)
+    switch(whole, NAME)
     # What `from_pretrained` needs to make room for the scorers; it travels in config.json.
     shapes = {layer.name: [list(x.shape) for x in scorer(layer).parameters_of()] for layer in _of(whole, swapped)}
     setattr(whole.config, RECORD, {"config": asdict(config), "compute": compute, "layers": shapes})
@@ -133,7 +153,7 @@ def remove(model: torch.nn.Module, implementation: str = "sdpa") -> None:
         if SCORER in module._modules:
             del module._modules[SCORER]
     whole = transformer(model)
-    whole.set_attn_implementation(implementation)
+    switch(whole, implementation)
     if hasattr(whole.config, RECORD):
         delattr(whole.config, RECORD)
 
@@ -188,7 +208,7 @@ def replaced(model: torch.nn.Module, make: Callable[[Layer], torch.nn.Module | N
     found, whole = layers(model), transformer(model)
     before = [layer.module._modules.pop(SCORER, None) for layer in found]
     implementation = whole.config._attn_implementation
-    whole.set_attn_implementation(NAME)
+    switch(whole, NAME)
     try:
         for layer in found:
             if (module := make(layer)) is not None:
@@ -199,7 +219,7 @@ def replaced(model: torch.nn.Module, make: Callable[[Layer], torch.nn.Module | N
             layer.module._modules.pop(SCORER, None)
             if old is not None:
                 layer.module.add_module(SCORER, old)
-        whole.set_attn_implementation(implementation)
+        switch(whole, implementation)
 
 
 def from_pretrained(kind: Any, folder: str | Path) -> Any:
@@ -224,8 +244,9 @@ def from_pretrained(kind: Any, folder: str | Path) -> Any:
     floats = [*(getattr(kind, "_keep_in_fp32_modules_strict", None) or []), SCORER]
     members = {"__init__": with_scorers, "__module__": kind.__module__, "_keep_in_fp32_modules_strict": floats}
     made: Any = type(kind.__name__, (kind,), members)
-    model = made.from_pretrained(folder, attn_implementation=NAME)
+    model = made.from_pretrained(folder)
     model.__class__ = kind
+    switch(model, NAME)
     setattr(model.config, RECORD, record)
     return model
 
@@ -240,27 +261,34 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    position_bias: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """`attention_mask`: lengths [B] from `_mask`, None, or (dense layers) the mask that SDPA takes."""
+    """
+    `attention_mask`: lengths [B] from `_mask`, None, or (dense layers) the mask that SDPA takes. `position_bias`: the
+    table [H, 2P+1] of `mpnet.py`.
+    """
     sparse = getattr(module, SCORER, None)
     causal = _causal(module)
     lengths = attention_mask if attention_mask is None or attention_mask.ndim == 1 else None
     if sparse is None:
         if attention_mask is not None and attention_mask.ndim == 1:
             attention_mask = _dense_mask(attention_mask, query, key, causal)
+        if position_bias is not None:
+            attention_mask = _biased_mask(attention_mask, query, key, position_bias)
         dense: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
         return dense
     if attention_mask is not None and lengths is None:
         raise BadInput(f"sparse attention takes right padding only, not a mask of shape {tuple(attention_mask.shape)}")
-    for name in ("softcap", "s_aux", "position_bias"):
+    for name in ("softcap", "s_aux"):
         if options.get(name) is not None:
             raise BadInput(
                 f"{type(module).__name__} uses {name!r}, which edgeformer::dsa does not have; leave it dense"
             )
-    out = sparse(query, key, value, lengths, causal, scaling or 0.0)
+    last = () if position_bias is None else (position_bias,)
+    out = sparse(query, key, value, lengths, causal, scaling or 0.0, *last)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -272,6 +300,12 @@ def _dense_mask(lengths: Tensor, query: Tensor, key: Tensor, causal: bool) -> Te
         t = torch.arange(query.shape[2], device=key.device) + (key.shape[2] - query.shape[2])
         seen = seen & (u <= t[:, None])
     return seen
+
+
+def _biased_mask(seen: Tensor | None, query: Tensor, key: Tensor, position_bias: Tensor) -> Tensor:
+    """The same with the bias of a layer that stays dense, [1 or B, H, N, N]."""
+    bias = position_bias[:, dsa.distances(Config(), query, key, position_bias)][None].to(query.dtype)
+    return bias if seen is None else bias.masked_fill(~seen, -torch.inf)
 
 
 def _mask(

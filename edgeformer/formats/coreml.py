@@ -124,7 +124,7 @@ def _attention(model: Model, length: int) -> Iterator[tuple[torch.nn.Module, dic
         account["dense_because"] = reasons
     with swap.replaced(module, lambda layer: forms.get(layer.number)):
         if not forms:
-            swap.transformer(module).set_attn_implementation("eager")
+            swap.switch(module, "eager")
         yield module, account
 
 

@@ -30,12 +30,13 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401 (defines the rest
 
 from edgeformer_agent import wire
 
+from .. import rounding
 from ..attention import composite, cost
 from ..errors import ExportError
 from ..model import Model
 from ..program import Program
 
-PRECISIONS = ("int8", "fp32")
+PRECISIONS = ("int8", "int4-embeddings", "int4", "fp32")
 RUNTIME = wire.Runtime("executorch", "1.5", "2")
 GLIBC = "2.27"  # read from the libraries' symbols; the wheel's tag claims 2.28
 NATIVE, STANDARD = "forward", "standard"
@@ -43,7 +44,7 @@ NEXT = "_next"  # ends the names of a decoder's methods for a further token
 PRODUCTS = ("linear", "matmul", "bmm", "mm", "addmm", "conv2d", "convolution")
 # What XNNPACK gets of the standard form. It takes a padding that depends on the length for a constant.
 PLAIN = [LinearConfig, BMMConfig, SoftmaxConfig, GeluConfig]
-SMALLEST = 1e-12  # scale of a row of zeros
+LEAST, GREATEST = -8, 7  # of int4, as XNNPACK and the embedding's kernel want it said
 
 Tensor = torch.Tensor
 quantized: Any = torch.ops.quantized_decomposed
@@ -53,7 +54,7 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     """One file each, batch 1, any length up to `model.max_length`. Raises ExportError in the exporter's own words."""
     kept = cost.calibrated(model.history)
     for precision in precisions:
-        module = _int8(model.module) if precision == "int8" else model.module
+        module = model.module if precision == "fp32" else _integers(model, precision)
         try:
             graph = _graph(model, module)
             further = {} if model.past is None else {NEXT: _next_graph(model, module, model.past)}
@@ -154,65 +155,83 @@ def _standard(longest: int, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **confi
     config.pop("compute", None)
     if reason := composite.inexpressible(**{n: config.pop(n) for n in ("rule", "max_blocks") if n in config}):
         raise ValueError(reason)
-    wq, wk, dist_bias, sink_bias, theta, q_len, kv_len = (*rest, None, None)[:7]
+    wq, wk, dist_bias, sink_bias, theta, q_len, kv_len, position_bias = (*rest, None, None, None)[:8]
     q_len, kv_len = (
         torch.full(x.shape[:1], x.shape[2], dtype=torch.int32) if given is None else given
         for x, given in ((q, q_len), (k, kv_len))
     )
-    return composite.dsa(q, k, v, wq, wk, dist_bias, sink_bias, theta, q_len, kv_len, longest=longest, **config)
+    operands = (q, k, v, wq, wk, dist_bias, sink_bias, theta, q_len, kv_len, position_bias)
+    return composite.dsa(*operands, longest=longest, **config)
 
 
-# --- int8 -------------------------------------------------------------------------------------------------------------
+# --- int8 and int4 ---------------------------------------------------------------------------------------------------
 
 
 class _Linear(torch.nn.Module):
-    """int8 weights a row; activations quantized a token at a time. XNNPACK knows this sequence as one operator."""
+    """
+    int8 weights a row, or int4 a group of one; activations quantized a token at a time. XNNPACK knows this sequence as
+    one operator.
+    """
 
-    def __init__(self, linear: torch.nn.Linear) -> None:
+    values: Tensor
+    scales: Tensor
+
+    def __init__(self, linear: torch.nn.Linear, precision: str) -> None:
         super().__init__()
-        self.bias = linear.bias
-        values, scales = _rows(linear.weight)
+        self.bias, self.grouped = linear.bias, precision == "int4"
+        values, scales = rounding.stored(linear.weight, precision)
         self.register_buffer("values", values)
-        self.register_buffer("scales", scales)
-        self.register_buffer("zeros", torch.zeros_like(scales, dtype=torch.int64))
+        self.register_buffer("scales", scales if self.grouped else scales[:, 0].contiguous())
+        self.register_buffer("zeros", torch.zeros_like(self.scales, dtype=torch.int32 if self.grouped else torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
         scale, zero = quantized.choose_qparams_per_token_asymmetric(x, torch.int8)
         x = quantized.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
         x = quantized.dequantize_per_token(x, scale, zero, -128, 127, torch.int8, torch.float32)
-        weight = quantized.dequantize_per_channel(self.values, self.scales, self.zeros, 0, -127, 127, torch.int8)
+        if self.grouped:
+            weight = quantized.dequantize_per_channel_group(
+                self.values, self.scales, self.zeros, LEAST, GREATEST, torch.int8, rounding.GROUP, torch.float32
+            )
+        else:
+            weight = quantized.dequantize_per_channel(self.values, self.scales, self.zeros, 0, -127, 127, torch.int8)
         return torch.nn.functional.linear(x, weight, self.bias)
 
 
 class _Embedding(torch.nn.Module):
-    """int8 rows with a scale each."""
+    """int8 rows with a scale each, or int4 with one for each group of a row, two values a byte."""
 
-    def __init__(self, table: torch.nn.Embedding) -> None:
+    def __init__(self, table: torch.nn.Embedding, precision: str) -> None:
         super().__init__()
-        values, scales = _rows(table.weight)
+        values, scales = rounding.stored(table.weight, precision)
+        self.grouped = precision == "int4"
+        if self.grouped:
+            above = (values - LEAST).to(torch.uint8)
+            values = above[:, 0::2] * 16 + above[:, 1::2]
         self.register_buffer("values", values)
-        self.register_buffer("scales", scales)
+        self.register_buffer("scales", scales if self.grouped else scales[:, 0].contiguous())
 
     def forward(self, indices: Tensor) -> Tensor:
-        found: Tensor = quantized.embedding_byte(self.values, self.scales, None, -128, 127, indices.to(torch.int64))
+        ids = indices.to(torch.int64)
+        if self.grouped:
+            found: Tensor = quantized.embedding_4bit(self.values, self.scales, None, LEAST, GREATEST, ids)
+        else:
+            found = quantized.embedding_byte(self.values, self.scales, None, -128, 127, ids)
         return found
 
 
-def _rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, columns) int8 and the scale of each row."""
-    scales = (weight.detach().abs().amax(1) / 127).clamp(min=SMALLEST)
-    return (weight.detach() / scales[:, None]).round().to(torch.int8), scales
-
-
-def _int8(module: torch.nn.Module) -> torch.nn.Module:
-    """A copy with int8 linears and embeddings; it shares every other weight."""
-    shared = {id(x): x for x in (*module.parameters(), *module.buffers())}
-    module = copy.deepcopy(module, shared)
-    kinds = {torch.nn.Linear: _Linear, torch.nn.Embedding: _Embedding}  # not their subclasses: those may compute more
+def _integers(model: Model, precision: str) -> torch.nn.Module:
+    """A copy with linears and embeddings in integers; it shares every other weight."""
+    shared = {id(x): x for x in (*model.module.parameters(), *model.module.buffers())}
+    module = copy.deepcopy(model.module, shared)
+    kinds = {torch.nn.Linear: _Linear, torch.nn.Embedding: _Embedding}
+    known, made = rounding.layers(module), {}
+    for name, found in rounding.asked(model, precision).items():
+        if found in rounding.MOST:
+            made[id(known[name])] = kinds[type(known[name])](known[name], found)
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if made := kinds.get(type(child)):
-                setattr(parent, name, made(child))
+            if id(child) in made:
+                setattr(parent, name, made[id(child)])
     return module.eval().requires_grad_(False)
 
 
@@ -238,11 +257,11 @@ def _work(graph: Any, length: int, kept: cost.Kept) -> wire.Work:
         elif name in PRODUCTS:
             a, b = node.args[1:3] if name == "addmm" else node.args[:2]
             left, right, out = (_shape(x, length) for x in (a, b, node))
-            int8 = _name(b) == "dequantize_per_channel"
-            constant = int8 or b.op in ("placeholder", "get_attr")
+            bits = {"dequantize_per_channel": 8, "dequantize_per_channel_group": 4}.get(_name(b), 32)
+            constant = bits < 32 or b.op in ("placeholder", "get_attr")
             depth = prod(right[1:]) if "conv" in name else left[-1]
-            work[int8] += 2.0 * prod(out) * depth
-            weight_bytes += prod(right) * (1 if int8 else 4) * constant
+            work[bits < 32] += 2.0 * prod(out) * depth
+            weight_bytes += prod(right) * bits / 8 * constant
             activation_bytes += 4.0 * (prod(left) + prod(out) + prod(right) * (not constant))
     return wire.Work(length, work[False], work[True], weight_bytes, activation_bytes)
 

@@ -10,6 +10,7 @@ What is fp32 and dense also opens in tflite-runtime 2.14, the last of its name, 
 from __future__ import annotations
 
 import copy
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from math import prod
@@ -21,23 +22,26 @@ import litert_torch
 import numpy as np
 import torch
 from ai_edge_litert import schema_py_generated as schema
-from ai_edge_quantizer import quantizer, recipe
+from ai_edge_quantizer import qtyping, quantizer, recipe_manager
 from litert_torch import fx_infra
 from litert_torch.backend.composite.stablehlo_composite_builder import StableHLOCompositeBuilder
 
 from edgeformer_agent import wire
 
+from .. import rounding
 from ..attention import composite, cost
 from ..errors import ExportError
 from ..model import Model
 from ..program import Program
 
-PRECISIONS = ("int8", "fp32")
+PRECISIONS = ("int8", "int4-embeddings", "int4", "fp32")
 RUNTIME = wire.Runtime("ai-edge-litert", "2.0", "3")
+RUNTIME_INT4 = wire.Runtime("ai-edge-litert", "2.1", "3")  # 2.0.3 computes groups wrongly, without an error
 GLIBC = "2.34"  # read from the library's symbols; the wheel's tag claims 2.27
 GLIBC_LEGACY = "2.29"  # of tflite-runtime 2.14, in the same way
 ALIGNMENT = 16  # of every weight in the file, as the interpreter maps it
 COMPOSITE, COMPOSITE_VERSION = "edgeformer.dsa", 1
+BITS = {schema.TensorType.INT8: 8, schema.TensorType.INT4: 4}
 _RULES = ("rule", "min_blocks", "max_blocks")
 
 
@@ -48,7 +52,7 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     """
     fp32, kept = _fp32(model), cost.calibrated(model.history)
     for precision in precisions:
-        packed = _share(_int8(fp32) if precision == "int8" else fp32)
+        packed = _share(fp32 if precision == "fp32" else _integers(fp32, rounding.chosen(model, precision)))
         sparse = COMPOSITE.encode() in packed
         yield Program(
             format="litert",
@@ -57,8 +61,8 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
             inputs=model.inputs,
             outputs=(model.output,),
             lengths=model.lengths,
-            runtime=RUNTIME,
-            needs=wire.Needs(glibc=GLIBC if precision == "int8" or sparse else GLIBC_LEGACY),
+            runtime=RUNTIME_INT4 if precision.startswith("int4") else RUNTIME,
+            needs=wire.Needs(glibc=GLIBC_LEGACY if precision == "fp32" and not sparse else GLIBC),
             work=_work(packed, kept),
             sparse=sparse,
         )
@@ -104,7 +108,7 @@ def _composite(q: Any, k: Any, v: Any, *rest: Any, compute: int = 0, **config: A
     """The torch operator as a composite. Lengths are always operands, and the attributes are the schema's."""
     if reason := composite.inexpressible(**{name: config[name] for name in _RULES if name in config}):
         raise ValueError(reason)
-    wq, wk, dist_bias, sink_bias, theta, q_len, kv_len = (*rest, None, None)[:7]
+    wq, wk, dist_bias, sink_bias, theta, q_len, kv_len, position_bias = (*rest, None, None, None)[:8]
     q_len, kv_len = (
         torch.full(x.shape[:1], x.shape[2], dtype=torch.int32) if given is None else given
         for x, given in ((q, q_len), (k, kv_len))
@@ -114,17 +118,47 @@ def _composite(q: Any, k: Any, v: Any, *rest: Any, compute: int = 0, **config: A
     config = {name: value for name, value in config.items() if name not in ("rule", "max_blocks")}
     attributes = {"version": COMPOSITE_VERSION, "compute": compute, **config}
     builder = StableHLOCompositeBuilder(COMPOSITE, attr=attributes)
-    marked = builder.mark_inputs(q, k, v, wq, wk, dist_bias, sink_bias, theta, q_len, kv_len)
+    last = () if position_bias is None else (position_bias,)
+    marked = builder.mark_inputs(q, k, v, wq, wk, dist_bias, sink_bias, theta, q_len, kv_len, *last)
     return builder.mark_outputs(composite.dsa(*marked, **config))
 
 
-def _int8(data: bytes) -> bytes:
-    """Dynamic range, per output channel; the interpreter quantizes activations per call."""
+def _integers(data: bytes, chosen: rounding.Chosen) -> bytes:
+    """Dynamic range: the interpreter quantizes activations per call, a token at a time."""
+    plan = recipe_manager.RecipeManager()
+    plan.add_dynamic_config(".*", qtyping.TFLOperationName.ALL_SUPPORTED, 8)
+    for place, kind, precision in _others(data, chosen):
+        if precision in rounding.MOST:
+            plan.add_dynamic_config(place, kind, 4, qtyping.QuantGranularity(f"BLOCKWISE_{rounding.GROUP}"))
+        else:
+            plan.add_quantization_config(place, kind, algorithm_key=recipe_manager.AlgorithmName.NO_QUANTIZE)
     with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder) / "fp32.tflite", Path(folder) / "int8.tflite"
+        source, target = Path(folder) / "fp32.tflite", Path(folder) / "quantized.tflite"
         source.write_bytes(data)
-        quantizer.Quantizer(str(source), recipe.dynamic_wi8_afp32()).quantize().export_model(str(target))
+        quantizer.Quantizer(str(source), plan.get_quantization_recipe()).quantize().export_model(str(target))
         return target.read_bytes()
+
+
+def _others(data: bytes, chosen: rounding.Chosen) -> Iterator[tuple[str, Any, str]]:
+    """What is not int8: a pattern of its place, as the quantizer names places, the kind of operator, the precision."""
+    if chosen.plain:
+        return
+    model = schema.ModelT.InitFromPackedBuf(data, 0)
+    kinds = {schema.BuiltinOperator.FULLY_CONNECTED: False, schema.BuiltinOperator.EMBEDDING_LOOKUP: True}
+    found: dict[int, str] = {}  # buffer -> precision: signatures share weights
+    for graph in model.subgraphs:
+        for operator in graph.operators:
+            code = _code(model, operator)
+            weight = graph.tensors[operator.inputs[1]] if code in kinds else None
+            if weight is None or not _content(data, model.buffers[weight.buffer]):
+                continue
+            if weight.buffer not in found:
+                matrix = np.frombuffer(_content(data, model.buffers[weight.buffer]), np.float32)
+                found[weight.buffer] = chosen.of(matrix.reshape(weight.shape), table=kinds[code])
+            if found[weight.buffer] != "int8":
+                names = ";".join(graph.tensors[i].name.decode() for i in operator.outputs)
+                kind = "EMBEDDING_LOOKUP" if kinds[code] else "FULLY_CONNECTED"
+                yield f"^{re.escape(names)};$", qtyping.TFLOperationName[kind], found[weight.buffer]
 
 
 class _Once:
@@ -206,24 +240,23 @@ def _work(data: bytes, kept: cost.Kept) -> tuple[wire.Work, ...]:
 
 
 def _graph_work(model: Any, graph: Any, length: int, kept: cost.Kept) -> wire.Work:
-    builtin, kinds = schema.BuiltinOperator, schema.TensorType
+    builtin = schema.BuiltinOperator
     products = (builtin.FULLY_CONNECTED, builtin.BATCH_MATMUL, builtin.CONV_2D)
     work = {False: 0.0, True: 0.0}
     weight_bytes = activation_bytes = 0.0
     for operator in graph.operators:
-        code = model.operatorCodes[operator.opcodeIndex]
         if _is_composite(operator):
             q, k, _v, wq = ([int(n) for n in graph.tensors[i].shape] for i in operator.inputs[:4])
             work[False] += cost.operations(q, k, wq[2], kept)
             activation_bytes += 4.0 * (2 * prod(q) + 2 * prod(k))
             continue
-        if max(code.builtinCode, code.deprecatedBuiltinCode) not in products:
+        if _code(model, operator) not in products:
             continue
         left, right, out = (graph.tensors[i] for i in (*operator.inputs[:2], operator.outputs[0]))
         constant = model.buffers[right.buffer].size > 0
-        int8 = right.type == kinds.INT8
-        work[int8] += 2.0 * prod(out.shape) * _depth(code, operator, left, right)
-        weight_bytes += prod(right.shape) * (1 if int8 else 4) * constant
+        bits = BITS.get(right.type, 32)
+        work[bits < 32] += 2.0 * prod(out.shape) * _depth(_code(model, operator), operator, left, right)
+        weight_bytes += prod(right.shape) * bits / 8 * constant
         activation_bytes += 4.0 * (prod(left.shape) + prod(out.shape) + prod(right.shape) * (not constant))
     return wire.Work(length, *map(float, (work[False], work[True], weight_bytes, activation_bytes)))
 
@@ -232,8 +265,13 @@ def _is_composite(operator: Any) -> bool:
     return getattr(operator.builtinOptions2, "name", None) == COMPOSITE.encode()
 
 
-def _depth(code: Any, operator: Any, left: Any, right: Any) -> int:
+def _code(model: Any, operator: Any) -> int:
+    code = model.operatorCodes[operator.opcodeIndex]
+    return int(max(code.builtinCode, code.deprecatedBuiltinCode))
+
+
+def _depth(code: int, operator: Any, left: Any, right: Any) -> int:
     """Multiply-adds behind one output value."""
-    if max(code.builtinCode, code.deprecatedBuiltinCode) == schema.BuiltinOperator.BATCH_MATMUL:
+    if code == schema.BuiltinOperator.BATCH_MATMUL:
         return int(left.shape[-2 if operator.builtinOptions.adjX else -1])
     return int(prod(right.shape[1:]))

@@ -11,13 +11,14 @@ from collections.abc import Iterator, Sequence
 
 from edgeformer_agent import wire
 
-from .. import onnx_graph, onnx_int8
+from .. import onnx_graph, onnx_int8, rounding
 from ..attention import onnx_function
 from ..model import Model
 from ..program import Program
 
-PRECISIONS = ("int8", "fp32")
+PRECISIONS = ("int8", "int4-embeddings", "int4", "int8-static", "fp32")
 RUNTIME = wire.Runtime("onnxruntime", "1.17", "2")
+RUNTIME_INT4 = wire.Runtime("onnxruntime", "1.22", "2")  # the first that looks up rows of int4 as written here
 GLIBC = "2.28"  # read from the library's symbols
 
 
@@ -26,7 +27,8 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     fp32 = onnx_graph.trace(model, "onnx")
     int8 = onnx_int8.by_row if model.task.kind == "next_token" else onnx_int8.by_tensor
     for precision in precisions:
-        proto = int8(fp32) if precision == "int8" else fp32
+        write = onnx_int8.static if precision == "int8-static" else int8
+        proto = fp32 if precision == "fp32" else write(fp32, rounding.chosen(model, precision))
         yield Program(
             format="onnx",
             precision=precision,
@@ -34,7 +36,7 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
             inputs=model.program_inputs,
             outputs=model.program_outputs,
             lengths=(),
-            runtime=RUNTIME,
+            runtime=RUNTIME_INT4 if onnx_int8.grouped(proto) else RUNTIME,
             needs=wire.Needs(glibc=GLIBC),
             work=onnx_graph.work(proto, model),
             sparse=onnx_function.present(proto),

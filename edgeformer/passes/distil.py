@@ -30,6 +30,7 @@ from . import Pass
 from .student import layer_stack
 
 Tensor = torch.Tensor
+Text = str | tuple[str, str]  # one, or a pair that the model compares
 
 SHARD = 4096  # rows of teacher outputs a file
 TEACHER_BATCH = 64
@@ -74,7 +75,7 @@ class Augment:
 
 def distil(
     teacher: Model,
-    texts: Sequence[str],
+    texts: Sequence[Text],
     *,
     labels: Sequence[float] | None = None,
     losses: Losses = Losses(),
@@ -82,13 +83,15 @@ def distil(
     augment: Augment = Augment(),
     length: int = 128,
     dropout: float = 0.0,
+    embeddings: bool = True,
     folder: str | Path | None = None,
     progress: Progress = quiet,
 ) -> Pass:
     """
     `labels`: one a text, for `losses.hard`. `length`: longest text in tokens. `dropout`: in the student as it learns;
-    a teacher that answers every row leaves little to overfit. `folder`: where the teacher's outputs and the checkpoint
-    are kept; a second call with the same arguments goes on from there. Raises BadInput.
+    a teacher that answers every row leaves little to overfit. `embeddings`: words learn too; a student that has its
+    teacher's does better to keep them. `folder`: where the teacher's outputs and the checkpoint are kept; a second call
+    with the same arguments goes on from there. Raises BadInput.
     """
     if losses.hard and labels is None:
         raise BadInput("losses.hard needs labels, one a text")
@@ -107,8 +110,12 @@ def distil(
         for part in module.modules():
             if isinstance(part, torch.nn.Dropout):
                 part.p = dropout
+        words = [p for m in module.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()]
+        for vectors in words:
+            vectors.requires_grad_(embeddings)
         learner = _Learner(model, module, known, _targets(labels, len(read_texts)), rows, losses)
-        made_of = _digest(repr((losses, dropout, model.task.kind, known.made_of, labels)), rows)
+        asked = (losses, dropout, model.task.kind, known.made_of, labels, *(() if embeddings else ("words fixed",)))
+        made_of = _digest(repr(asked), rows)
         name = _digest(f"{made_of} {recipe} {_of(module)}", ())[:16]
         checkpoint = Path(folder) / "students" / f"{name}.safetensors" if folder else None
         with _tapped(module, losses.deep) as taken:
@@ -123,6 +130,8 @@ def distil(
                 what="distil",
                 progress=progress,
             )
+        for vectors in words:
+            vectors.requires_grad_()
         facts = {
             "texts": len(texts),
             "augmented": len(read_texts) - len(texts),
@@ -143,10 +152,17 @@ def distil(
 # --- texts ------------------------------------------------------------------------------------------------------------
 
 
-def augmented(texts: Sequence[str], how: Augment, mask: str) -> list[str]:
-    """`how.copies` changed texts for each text, seeded. Without a mask token words are left out instead."""
+def augmented(texts: Sequence[Text], how: Augment, mask: str) -> list[str]:
+    """
+    `how.copies` changed texts for each text, seeded. Without a mask token words are left out instead. Raises BadInput
+    for pairs: words changed in one of them say nothing about the other.
+    """
+    if not how.copies:
+        return []
+    if pair := next((text for text in texts if not isinstance(text, str)), None):
+        raise BadInput(f"augment changes single texts, not pairs such as {pair}; leave copies at 0")
     random = np.random.default_rng(how.seed)
-    split = [text.split() for text in texts]
+    split = [text.split() for text in texts if isinstance(text, str)]
     words = [word for text in split for word in text] or [""]
     made = []
     for _ in range(how.copies):
@@ -170,7 +186,7 @@ def augmented(texts: Sequence[str], how: Augment, mask: str) -> list[str]:
 Encoded = tuple[np.ndarray, ...]  # the model's inputs in their order, [tokens] each
 
 
-def _encode(model: Model, texts: Sequence[str], length: int) -> list[Encoded]:
+def _encode(model: Model, texts: Sequence[Text], length: int) -> list[Encoded]:
     if model.tokenizer is None:
         raise BadInput(f"{model.name} has no tokenizer; distillation reads texts")
     most = min(length, model.max_length)
@@ -329,7 +345,8 @@ class _Learner:
     def _padded(self, name: str, picked: Sequence[int], valid: Tensor) -> Tensor:
         flat, starts = self.known.tokens[name], self.known.starts
         full = torch.zeros(*valid.shape, flat.shape[-1])
-        full[valid] = torch.cat([flat[starts[i] : starts[i + 1]] for i in picked]).float()
+        # Made fp32 before it is put together: under autocast no operator joins fp16.
+        full[valid] = torch.cat([flat[starts[i] : starts[i + 1]].float() for i in picked])
         return full
 
 

@@ -394,10 +394,10 @@ def _apply(
 
 def _store(out: Any, columns: Tensor, solved: Tensor) -> None:
     """Weights [C, D + 1] with the bias last; a layer gets a bias where it had none."""
-    weight = out.weight.detach().clone()
+    weight, learns = out.weight.detach().clone(), out.weight.requires_grad
     weight[:, columns] = solved[:, :-1]
-    out.weight = torch.nn.Parameter(weight, requires_grad=False)
-    out.bias = torch.nn.Parameter(solved[:, -1].clone(), requires_grad=False)
+    out.weight = torch.nn.Parameter(weight, requires_grad=learns)
+    out.bias = torch.nn.Parameter(solved[:, -1].clone(), requires_grad=learns)
 
 
 def _outputs(

@@ -405,12 +405,17 @@ def _constant_of_shape(w: _Writer, node: onnx.NodeProto) -> None:
 
 
 def _plugin(w: _Writer, node: onnx.NodeProto) -> None:
-    """The node of our plugin; a table without columns becomes one of zeros, as the device has no empty tensor."""
+    """
+    The node of our plugin, with every operand: a table that is missing or has no columns becomes one of zeros, as
+    the device has no empty tensor.
+    """
     given = {**onnx_function.INTEGERS, "scale": 0.0, **_attributes(node)}
     inputs = [w.resolve(name) for name in node.input]
     sinks = w.value(inputs[6])
-    if sinks is not None and not sinks.shape[1]:
-        inputs[6] = w.constant(np.zeros((len(sinks), 1), np.float32))
+    if sinks is not None:
+        nothing = np.zeros((len(sinks), 1), np.float32)
+        inputs[6] = inputs[6] if sinks.shape[1] else w.constant(nothing)
+        inputs += [w.constant(nothing)] * (len(inputs) < len(onnx_function.OPERANDS))
     attributes = {**given, "plugin_version": PLUGIN_VERSION, "plugin_namespace": ""}
     w.nodes.append(helper.make_node(PLUGIN, inputs, node.output, node.name, domain=onnx_function.DOMAIN, **attributes))
 

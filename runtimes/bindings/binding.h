@@ -18,9 +18,11 @@
 
 namespace edgeformer {
 
-enum operand { Q, K, V, WQ, WK, DIST, SINK, THETA, Q_LEN, KV_LEN, OPERANDS };
+enum operand { Q, K, V, WQ, WK, DIST, SINK, THETA, Q_LEN, KV_LEN, POSITION, OPERANDS };
 
-// A contiguous operand as the runtime shows it. No data and rank 0: absent, which only the two lengths may be.
+static inline bool is_length(int64_t i) { return i == Q_LEN || i == KV_LEN; }
+
+// A contiguous operand as the runtime shows it. No data and rank 0: absent, as those from Q_LEN on may be.
 struct view {
     const void *data;
     int64_t dims[4];
@@ -65,11 +67,15 @@ static inline const char *sizes(dsa_config *c, const view in[OPERANDS]) {
     if (!has(in[THETA], 1, c->select_per_kv ? k.dims[1] : q.dims[1])) return "theta: one value per list of heads";
     for (int i = Q_LEN; i <= KV_LEN; i++)
         if (in[i].data && !has(in[i], 1, q.dims[0])) return "q_len and kv_len: [batch]";
+    if (in[POSITION].rank && (!has(in[POSITION], 2, q.dims[1]) || in[POSITION].dims[1] % 2 == 0))
+        return "position_bias: [q_heads, 2 P + 1]";
     c->batch = (int32_t)q.dims[0], c->q_heads = (int32_t)q.dims[1];
     c->q_rows = (int32_t)q.dims[2], c->dim = (int32_t)q.dims[3];
     c->kv_heads = (int32_t)k.dims[1], c->k_rows = (int32_t)k.dims[2];
     if (c->q_offset == -1) c->q_offset = c->k_rows - c->q_rows;  // the queries are the last of the keys' rows
     c->rank = (int32_t)in[WQ].dims[2], c->dist = (int32_t)in[DIST].dims[1] / 2, c->sinks = (int32_t)in[SINK].dims[1];
+    c->positions = in[POSITION].rank ? (int32_t)in[POSITION].dims[1] / 2 : 0;
+    c->position_bias = (const float *)in[POSITION].data;
     return dsa_why(c);
 }
 

@@ -47,10 +47,10 @@ const char *attend(const dsa_config &attributes, const view in[OPERANDS], float 
 // The parameters are the schema's, one by one: the boxing reads them off this signature.
 Tensor &dsa_out(KernelRuntimeContext &context, const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &wq,
                 const Tensor &wk, const Tensor &dist_bias, const Tensor &sink_bias, const Tensor &theta,
-                const maybe_tensor &q_len, const maybe_tensor &kv_len, int64_t block_q, int64_t block_k, int64_t rule,
-                int64_t min_blocks, int64_t max_blocks, int64_t force_diag, int64_t n_sink, int64_t causal,
-                int64_t q_offset, int64_t select_per_kv, int64_t dense_below, int64_t compute_as, double scale,
-                Tensor &out) {
+                const maybe_tensor &q_len, const maybe_tensor &kv_len, const maybe_tensor &position_bias,
+                int64_t block_q, int64_t block_k, int64_t rule, int64_t min_blocks, int64_t max_blocks,
+                int64_t force_diag, int64_t n_sink, int64_t causal, int64_t q_offset, int64_t select_per_kv,
+                int64_t dense_below, int64_t compute_as, double scale, Tensor &out) {
     // Generated wrappers of the runtime's own kernels do this; a profile would miss ours.
     executorch::runtime::internal::EventTracerProfileOpScope watched(context.internal_event_tracer(), "native_call_edgeformer::dsa.out");
     view in[OPERANDS];
@@ -60,6 +60,7 @@ Tensor &dsa_out(KernelRuntimeContext &context, const Tensor &q, const Tensor &k,
     for (int i = 0; i < Q_LEN && !why; i++) why = look(*operands[i], ScalarType::Float, &in[i]);
     if (!why && q_len.has_value()) why = look(q_len.value(), ScalarType::Int, &in[Q_LEN]);
     if (!why && kv_len.has_value()) why = look(kv_len.value(), ScalarType::Int, &in[KV_LEN]);
+    if (!why && position_bias.has_value()) why = look(position_bias.value(), ScalarType::Float, &in[POSITION]);
     if (!why && executorch::runtime::resize_tensor(out, q.sizes()) != Error::Ok) why = "the output cannot be resized";
     const int64_t compute = compute_as;
     dsa_config c = defaults();

@@ -7,7 +7,7 @@ using namespace edgeformer;
 
 static_assert(sizeof(void *) == 8, "the offsets are those of 64-bit pointers");
 
-enum { FLOAT32 = 1, INT32 = 2, OP_CUSTOM = 32, OP_DELEGATE = 51, OP_COMPOSITE = 206, ALLOW_DYNAMIC = 1, VERSION = 1 };
+enum { ABSENT = -1, FLOAT32 = 1, INT32 = 2, OP_CUSTOM = 32, OP_DELEGATE = 51, OP_COMPOSITE = 206, ALLOW_DYNAMIC = 1, VERSION = 1 };
 enum { TENSOR_BYTES = 112, TENSOR_TYPE = 0, TENSOR_DATA = 8, TENSOR_DIMS = 16 };
 enum { NODE_INPUTS = 0, NODE_OUTPUTS = 8, NODE_USER = 32, NODE_BUILTIN = 40, NODE_CUSTOM = 48, NODE_CUSTOM_BYTES = 56 };
 enum { OP_INIT = 0, OP_FREE = 8, OP_PREPARE = 16, OP_INVOKE = 24, OP_BUILTIN = 40, OP_NAME = 48, OP_VERSION = 56 };
@@ -122,9 +122,9 @@ static bool ours(const void *node, const void *op, layer *l) {
     size_t n;
     if (!attributes(node, op, &bytes, &n)) return false;
     const ints *in = get<const ints *>(node, NODE_INPUTS), *out = get<const ints *>(node, NODE_OUTPUTS);
-    if (in[0] != OPERANDS || out[0] != 1) return false;
+    if (in[0] < POSITION || in[0] > OPERANDS || out[0] != 1) return false;  // POSITION is the last, and may be missing
     if (!l) return true;
-    memcpy(l->inputs, in + 1, sizeof l->inputs);
+    for (int i = 0; i < OPERANDS; i++) l->inputs[i] = i < in[0] ? in[1 + i] : ABSENT;
     l->output = out[1];
     l->c = defaults();
     double value;
@@ -164,9 +164,11 @@ static int refuse(void *context, const char *why) {
 
 // What the operand is, or why it cannot be used. A layout that differs from the offsets above shows here.
 static const char *look(void *context, int id, operand i, view *v) {
+    memset(v, 0, sizeof *v);
+    if (id == ABSENT) return NULL;
     const char *tensor = tensor_at(context, id);
     const ints *dims = get<const ints *>(tensor, TENSOR_DIMS);
-    if (get<int32_t>(tensor, TENSOR_TYPE) != (i < Q_LEN ? FLOAT32 : INT32)) return "operands are float32, lengths int32";
+    if (get<int32_t>(tensor, TENSOR_TYPE) != (is_length(i) ? INT32 : FLOAT32)) return "operands are float32, lengths int32";
     if (!dims || dims[0] < 0 || dims[0] > 4) return "an operand has more than four axes";
     v->data = get<const void *>(tensor, TENSOR_DATA);
     v->rank = dims[0];

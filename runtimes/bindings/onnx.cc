@@ -164,7 +164,7 @@ static status *compute(void *opaque, void *context) {
 
 static const char *name(const op_record *) { return "DSA"; }
 static const char *provider(const op_record *) { return NULL; }
-static int input_type(const op_record *, size_t i) { return i < Q_LEN ? FLOAT32 : INT32; }
+static int input_type(const op_record *, size_t i) { return is_length((int64_t)i) ? INT32 : FLOAT32; }
 static int output_type(const op_record *, size_t) { return FLOAT32; }
 static int input_kind(const op_record *, size_t i) { return i < Q_LEN ? 0 : OPTIONAL; }
 static size_t input_count(const op_record *) { return OPERANDS; }

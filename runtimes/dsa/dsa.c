@@ -11,6 +11,7 @@
 #define NONE (-__builtin_inff())
 #define MAX_STRIP 32  /* queries: two vectors of AVX-512 */
 #define MAX_STRIPS 16 /* of a query block: 128 rows by two vectors of NEON */
+#define MAX_BLOCK 128 /* keys */
 
 static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
 static int32_t largest(int32_t a, int32_t b) { return a > b ? a : b; }
@@ -49,6 +50,7 @@ const char *dsa_why(const dsa_config *c) {
     if (c->sinks < 0) return "sinks: not negative";
     if (c->compute == DSA_BF16) return "compute: bf16 is not in version 1; use f32 or i8";
     if (c->compute != DSA_F32 && c->compute != DSA_I8) return "compute: 0 f32 or 1 i8";
+    if (c->positions < 0 || c->positions > 1 << 20) return "positions: 0 to 2^20";
     if (why_blocks(c)) return why_blocks(c);
     return too_many(c) ? "batch: batch * q_heads * blocks must stay below 2^31" : NULL;
 }
@@ -537,14 +539,27 @@ static void hide_future(const dsa_strip *t, int32_t strip, int32_t first_key, in
     }
 }
 
+/* Adds what each key's distance from each query is worth; in log2, as the logits are. Out of line, so that calls without
+ * a position bias execute what they did before there was one. */
+static __attribute__((noinline)) void shift_by_position(const call *a, const dsa_strip *t, int32_t h, int32_t first_key,
+                                                        int32_t first_query) {
+    const int32_t far = a->c->positions, last_key = first_key + t->keys - 1;
+    const float *bias = a->c->position_bias + (size_t)h * (2 * (size_t)far + 1) + far;
+    float by[MAX_BLOCK + MAX_STRIP];
+    for (int32_t x = 0; x < t->keys + t->lanes - 1; x++)
+        by[x] = LOG2_E * bias[largest(-far, least(far, last_key - first_query - x))];
+    a->set->shift(t, by);
+}
+
 /* Logits and probabilities of one strip; t->keys becomes 0 if all of the block lies in the future. */
-static void weigh(const call *a, dsa_strip *t, int32_t keys, int32_t first_key, int32_t first_query) {
+static void weigh(const call *a, dsa_strip *t, int32_t h, int32_t keys, int32_t first_key, int32_t first_query) {
     const dsa_config *c = a->c;
     int i8 = c->compute == DSA_I8;
     int32_t seen = c->causal ? least(keys, first_query + t->rows - first_key) : keys;
     t->keys = seen <= 0 ? 0 : i8 ? keys : seen; /* i8: v_sum is of the whole block */
     if (!t->keys) return;
     (i8 ? a->set->qk8 : a->set->qk)(t);
+    if (c->position_bias) shift_by_position(a, t, h, first_key, first_query);
     if (c->causal && first_key + t->keys - 1 > first_query) hide_future(t, 2 * a->set->width, first_key, first_query);
     (i8 ? a->set->softmax8 : a->set->softmax)(t);
 }
@@ -594,10 +609,10 @@ static void zero_rows(float *out, ptrdiff_t row, int32_t from, int32_t to, int32
 }
 
 /* One query block against its list. `kept` blocks of idx, or the first `kept` blocks if idx is NULL. */
-static void attend_rows(const call *a, const attend_scratch *s, int32_t b, int32_t g, int32_t first, int32_t rows,
+static void attend_rows(const call *a, const attend_scratch *s, int32_t b, int32_t h, int32_t first, int32_t rows,
                         const float *q, const int32_t *idx, int32_t kept, float *out) {
     const dsa_config *c = a->c;
-    int32_t strip = 2 * a->set->width, n = 0;
+    int32_t strip = 2 * a->set->width, n = 0, g = h / (c->q_heads / c->kv_heads);
     const float *channel = c->compute == DSA_I8 ? a->m.v_scale + (size_t)(b * c->kv_heads + g) * (size_t)c->dim : NULL;
     void (*pv)(const dsa_strip *) = c->compute == DSA_I8 ? a->set->pv8 : a->set->pv;
     dsa_strip strips[MAX_STRIPS];
@@ -609,7 +624,7 @@ static void attend_rows(const call *a, const attend_scratch *s, int32_t b, int32
         int32_t j = idx ? idx[x] : x, at = j * c->block_k, keys = least(c->block_k, k_valid(a, b) - at);
         for (int32_t y = 0; y < n; y++) {
             take_block(a, &strips[y], b, g, j);
-            weigh(a, &strips[y], keys, at, first + y * strip);
+            weigh(a, &strips[y], h, keys, at, first + y * strip);
         }
         /* All strips again, so that K and then V stay in the first-level cache (32 KB hold one of them, not both). */
         for (int32_t y = 0; y < n; y++)
@@ -626,11 +641,11 @@ static void attend_block(void *arg, int32_t at, int32_t thread) {
     int32_t full = least(c->block_q, c->q_rows - from), rows = largest(0, least(full, q_valid(a, b) - from));
     size_t list = (size_t)(b * list_heads(c) + h / (c->q_heads / list_heads(c))) * (size_t)nq + (size_t)i;
     const int32_t *idx = a->kept_idx ? a->kept_idx + list * (size_t)dsa_kmax(c) : NULL;
-    int32_t kept = idx ? a->kept_cnt[list] : candidates(a, b, i, rows), g = h / (c->q_heads / c->kv_heads);
+    int32_t kept = idx ? a->kept_cnt[list] : candidates(a, b, i, rows);
     float *out = a->out + b * a->out_strides[0] + h * a->out_strides[1] + from * a->out_strides[2];
     arena place = {a->m.thread + (size_t)thread * a->m.thread_bytes, 0};
     attend_scratch s = attend_layout(&place, c);
-    attend_rows(a, &s, b, g, c->q_offset + from, rows, head_of(a->q, b, h) + from * a->q.row, idx, kept, out);
+    attend_rows(a, &s, b, h, c->q_offset + from, rows, head_of(a->q, b, h) + from * a->q.row, idx, kept, out);
     zero_rows(out, a->out_strides[2], rows, full, c->dim);
 }
 

@@ -24,6 +24,10 @@ typedef struct {
     int32_t causal, q_offset;                              /* q_offset: absolute position of query row 0 */
     int32_t select_per_kv, dense_below, compute;           /* compute: DSA_F32 or DSA_I8; selection is always f32 */
     float scale;                                           /* of the logits; 0: 1/sqrt(dim) */
+    /* Added to the logits by key position - query position, clamped to +-positions: [q_heads][2 * positions + 1].
+     * NULL: none. Selection does not see it. */
+    int32_t positions;
+    const float *position_bias;
 } dsa_config;
 
 /* [batch][head][row][dim]: strides in elements, the last axis is contiguous. */

@@ -54,6 +54,11 @@ static void qk(const dsa_strip *t) {
         }
 }
 
+static void shift(const dsa_strip *t, const float *by) {
+    for (int key = 0; key < t->keys; key++)
+        for (int r = 0; r < t->lanes; r++) raise(t, key, r, t->s[key * STRIP + r] + by[t->keys - 1 - key + r]);
+}
+
 static void softmax(const dsa_strip *t) {
     for (int r = 0; r < t->lanes; r++) {
         float top = t->high[r] > t->top[r] ? t->high[r] : t->top[r], sum = 0;
@@ -162,4 +167,4 @@ static void pv8(const dsa_strip *t) {
 }
 
 const dsa_kernel_set dsa_kernels_scalar = {"scalar", WIDTH,    load_q, qk,      softmax, pv,    store_rows,
-                                           load8,    qk8,      softmax8, pv8, sums, peaks, pack_k, pack_v};
+                                           load8,    qk8,      softmax8, pv8, shift, sums, peaks, pack_k, pack_v};

@@ -105,6 +105,18 @@ static void qk(const dsa_strip *t) {
         qk_keys(t, 1);
 }
 
+static void shift(const dsa_strip *t, const float *by) {
+    for (int at = 0; at < t->lanes; at += WIDTH) {
+        vec high = vset(-1e30f);
+        for (int i = 0; i < t->keys; i++) {
+            vec s = vadd(vload(t->s + i * STRIP + at), vload(by + t->keys - 1 - i + at));
+            vstore(t->s + i * STRIP + at, s);
+            high = vmax(s, high);
+        }
+        vstore(t->high + at, high);
+    }
+}
+
 static void softmax(const dsa_strip *t) {
     for (int at = 0; at < t->lanes; at += WIDTH) {
         vec old = vload(t->top + at), top = vmax(vload(t->high + at), old), sum = vset(0.0f);
@@ -373,4 +385,4 @@ static void pv8(const dsa_strip *t) {
 
 #define KERNEL_SET(set)                                                                                         \
     const dsa_kernel_set dsa_kernels_##set = {#set,  WIDTH,    load_q, qk,      softmax, pv,     store_rows, \
-                                              load8, qk8, softmax8, pv8, sums, peaks, pack_k, pack_v}
+                                              load8, qk8, softmax8, pv8, shift, sums, peaks, pack_k, pack_v}

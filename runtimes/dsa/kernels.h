@@ -40,6 +40,8 @@ typedef struct {
     void (*qk8)(const dsa_strip *t);
     void (*softmax8)(const dsa_strip *t);
     void (*pv8)(const dsa_strip *t);
+    /* s += by[keys - 1 - key + query], and high again: what lies on a diagonal gets the same */
+    void (*shift)(const dsa_strip *t, const float *by);
     /* Per column of x[rows][dim], in row order: the sum, and the largest |x| */
     void (*sums)(const float *x, ptrdiff_t row, int rows, int dim, float *sum);
     void (*peaks)(const float *x, ptrdiff_t row, int rows, int dim, float *peak);

@@ -27,6 +27,7 @@ struct Rules {
 struct Call {
     Rules rules;
     int32_t batch, heads, kv_heads, rows, keys, dim, rank, reach, sinks;
+    int32_t positions;  // how far the position bias reaches; 0: it is the same for all keys, and left out
     int32_t q_blocks, k_blocks, lists;  // lists: kv_heads if select_per_kv, else heads
 };
 
@@ -36,6 +37,7 @@ struct Operands {
     const T *q, *k, *v;
     const float *wq, *wk, *dist_bias, *sink_bias, *theta;
     const int32_t *q_len, *kv_len;
+    const float *position_bias;  // (heads, 2 * positions + 1): added to the logits by key - query position
 };
 
 enum { THRESHOLD, TOP_P, TOP_K };
@@ -209,6 +211,7 @@ __global__ void attend_blocks(Operands<T> in, const int32_t *kept, T *out, Call 
     const int32_t valid_k = smaller(in.kv_len[b], c.keys);
     const bool alive = t < smaller(in.q_len[b], c.rows);
     const float scale = r.scale != 0.0f ? r.scale : 1.0f / sqrtf((float)DIM);
+    const float *bias = in.position_bias + (size_t)h * (2 * c.positions + 1) + c.positions;
     float q[DIM], sum[DIM], top = -3e38f, total = 0.0f;
 #pragma unroll
     for (int d = 0; d < DIM; ++d) {
@@ -230,6 +233,7 @@ __global__ void attend_blocks(Operands<T> in, const int32_t *kept, T *out, Call 
                 float s = 0.0f;
 #pragma unroll
                 for (int d = 0; d < DIM; ++d) s += q[d] * k_tile[y * DIM + d];
+                if (c.positions) s += bias[larger(-c.positions, smaller(u0 + y - r.q_offset - t, c.positions))];
                 if (s > top) {
                     const float shrink = expf(top - s);
                     total *= shrink;

@@ -1,5 +1,6 @@
 // The operator as a plugin of TensorRT 8.2: node EdgeformerDSA, version 1. C++14, because that is what nvcc 10.2 has.
-// Inputs q, k, v (fp32 or fp16, like the output), wq, wk, dist_bias, sink_bias, theta (fp32), q_len, kv_len (int32).
+// Inputs q, k, v (fp32 or fp16, like the output), wq, wk, dist_bias, sink_bias, theta (fp32), q_len, kv_len (int32),
+// position_bias (fp32; one column where there is none).
 #include <NvInfer.h>
 
 #include <atomic>
@@ -46,7 +47,7 @@ namespace edgeformer {
 
 using namespace nvinfer1;
 
-enum { Q, K, V, WQ, WK, DIST_BIAS, SINK_BIAS, THETA, Q_LEN, KV_LEN, INPUTS };
+enum { Q, K, V, WQ, WK, DIST_BIAS, SINK_BIAS, THETA, Q_LEN, KV_LEN, POSITION_BIAS, INPUTS };
 
 static const Rules kDefaults = {64, 64, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0.0f};
 
@@ -62,6 +63,8 @@ static const Attribute kAttributes[] = {
 };
 enum { ATTRIBUTES = sizeof(kAttributes) / sizeof(kAttributes[0]) };
 
+static bool is_length(int32_t at) { return at == Q_LEN || at == KV_LEN; }
+
 static Call call_of(const Rules &rules, const PluginTensorDesc *in) {
     const Dims &q = in[Q].dims, &k = in[K].dims;
     Call c;
@@ -71,6 +74,7 @@ static Call call_of(const Rules &rules, const PluginTensorDesc *in) {
     c.rank = in[WQ].dims.d[2];
     c.reach = in[DIST_BIAS].dims.d[1] / 2;
     c.sinks = in[SINK_BIAS].dims.d[1];
+    c.positions = in[POSITION_BIAS].dims.d[1] / 2;
     c.q_blocks = (c.rows + rules.block_q - 1) / rules.block_q;
     c.k_blocks = (c.keys + rules.block_k - 1) / rules.block_k;
     c.lists = rules.select_per_kv ? c.kv_heads : c.heads;
@@ -90,6 +94,7 @@ static Operands<T> operands_of(const void *const *x) {
     in.theta = static_cast<const float *>(x[THETA]);
     in.q_len = static_cast<const int32_t *>(x[Q_LEN]);
     in.kv_len = static_cast<const int32_t *>(x[KV_LEN]);
+    in.position_bias = static_cast<const float *>(x[POSITION_BIAS]);
     return in;
 }
 
@@ -109,7 +114,7 @@ class Plugin : public IPluginV2DynamicExt {
         if (inputs != INPUTS || x[at].format != TensorFormat::kLINEAR) return false;
         if (at == Q) return x[Q].type == DataType::kFLOAT || x[Q].type == DataType::kHALF;
         if (at == K || at == V || at == INPUTS) return x[at].type == x[Q].type;
-        return x[at].type == (at >= Q_LEN ? DataType::kINT32 : DataType::kFLOAT);  // selection is fp32 everywhere
+        return x[at].type == (is_length(at) ? DataType::kINT32 : DataType::kFLOAT);  // selection is fp32 everywhere
     }
     void configurePlugin(const DynamicPluginTensorDesc *, int32_t, const DynamicPluginTensorDesc *,
                          int32_t) noexcept override {}

@@ -60,9 +60,14 @@ static node *value(char **p) {
     return n;
 }
 
-static node *get(const node *o, const char *key) {
+static node *find(const node *o, const char *key) {
     for (node *n = o->child; n; n = n->next)
         if (n->key && !strcmp(n->key, key)) return n;
+    return NULL;
+}
+
+static node *get(const node *o, const char *key) {
+    if (find(o, key)) return find(o, key);
     fprintf(stderr, "no key %s\n", key);
     exit(2);
 }
@@ -72,8 +77,8 @@ static float real(const node *n) { return n->type == NUL ? NAN : (float)n->numbe
 
 /* ---- Inputs: regenerated, then edited. */
 
-enum { Q, K, V, WQ, WK, DIST, SINK, TENSORS };
-static const char *const names[TENSORS] = {"q", "k", "v", "wq", "wk", "dist_bias", "sink_bias"};
+enum { Q, K, V, WQ, WK, DIST, SINK, POSITION, TENSORS };
+static const char *const names[TENSORS] = {"q", "k", "v", "wq", "wk", "dist_bias", "sink_bias", "position_bias"};
 
 typedef struct {
     dsa_config c;
@@ -117,6 +122,8 @@ static dsa_config config(const node *c) {
     int32_t *to = &made.batch;
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) to[i] = whole(c, fields[i]);
     made.scale = real(get(c, "scale"));
+    made.positions = find(c, "positions") ? whole(c, "positions") : 0;
+    made.position_bias = NULL;
     return made;
 }
 
@@ -126,7 +133,7 @@ static inputs inputs_of(const node *c) {
     int shapes[TENSORS][4] = {{f->batch, f->q_heads, f->q_rows, f->dim}, {f->batch, f->kv_heads, f->k_rows, f->dim},
                               {f->batch, f->kv_heads, f->k_rows, f->dim}, {1, f->q_heads, f->dim, f->rank},
                               {1, f->q_heads, f->dim, f->rank}, {1, f->q_heads, 1, 2 * f->dist + 1},
-                              {1, f->q_heads, 1, f->sinks}};
+                              {1, f->q_heads, 1, f->sinks}, {1, f->q_heads, 1, 2 * f->positions + 1}};
     memcpy(in.shape, shapes, sizeof shapes);
     uint32_t s = (uint32_t)whole(c, "seed");
     for (int t = 0; t < TENSORS; t++) {
@@ -137,6 +144,7 @@ static inputs inputs_of(const node *c) {
         }
     }
     for (const node *e = get(c, "edits")->child; e; e = e->next) edit(&in, e);
+    if (find(c, "positions")) in.c.position_bias = in.data[POSITION];
     const node *theta = get(c, "theta");
     in.theta = fresh(4 * (size_t)theta->count);
     float *to = in.theta;
@@ -231,19 +239,21 @@ static const char *run_case(const node *c) {
 
 node *root; /* global: still reachable when the leak checker looks */
 
-static int run_set(const node *cases, const char *set) {
-    int failed = 0;
+static int run_set(const char *set) {
+    const node *const lists[] = {get(root, "cases"), get(root, "biased")};
+    int failed = 0, count = 0;
     if (!dsa_limit(set)) {
         printf("%s: this CPU cannot run it\n", set);
         return 0;
     }
-    for (const node *c = cases->child; c; c = c->next) {
-        const char *wrong = run_case(c);
-        if (wrong) printf("%s: %s: wrong %s\n", set, get(c, "name")->text, wrong);
-        failed += wrong != NULL;
-    }
+    for (int l = 0; l < 2; l++)
+        for (const node *c = lists[l]->child; c; c = c->next, count++) {
+            const char *wrong = run_case(c);
+            if (wrong) printf("%s: %s: wrong %s\n", set, get(c, "name")->text, wrong);
+            failed += wrong != NULL;
+        }
     if (strcmp(dsa_kernels(), set)) failed++;
-    printf("%s: %d of %d cases ok\n", set, cases->count - failed, cases->count);
+    printf("%s: %d of %d cases ok\n", set, count - failed, count);
     return failed;
 }
 
@@ -252,11 +262,10 @@ int main(int argc, char **argv) {
     FILE *f = argc > 1 ? fopen(argv[1], "rb") : NULL;
     if (!f || fread(text, 1, sizeof text - 1, f) == 0) return 2;
     root = value(&p);
-    const node *cases = get(root, "cases");
     int failed = 0;
     printf("best: %s\n", dsa_kernels());
-    if (argc > 2) return run_set(cases, argv[2]) != 0;
-#define DSA_KERNELS(name, needs, flags) failed += run_set(cases, #name);
+    if (argc > 2) return run_set(argv[2]) != 0;
+#define DSA_KERNELS(name, needs, flags) failed += run_set(#name);
 #include "kernels.inc"
     return failed != 0;
 }

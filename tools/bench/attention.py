@@ -1,7 +1,8 @@
 """
 Times block-DSA against ONNX Runtime's MultiHeadAttention: every kernel set, dense and sparse, f32 and int8, scoring
 included, one thread, process CPU time, interleaved, medians. `python tools/bench/attention.py --quick` takes a minute.
-`--threads 2` holds two threads against one instead, by the wall clock: it needs an idle machine, and says the load.
+`--threads 2` holds two threads of ONNX Runtime against one instead, the operator as a node in it, by the wall clock:
+it needs an idle machine, and says the load.
 
 Sparse rows are `fused` (scoring and attention), one theta for all heads, bisected to the kept fraction. "Of peak" is
 the share of register-only multiply-adds; two libraries' matrix product of 1024^3, which has no softmax in it, stands
@@ -29,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edgeformer import native
-from edgeformer.attention import kernel
+from edgeformer.attention import kernel, onnx_function
 from edgeformer.attention.reference import Config, Scorer
 
 HEADS, RANK, KEPT = 12, 32, (0.5, 0.25, 0.125)
@@ -77,22 +78,31 @@ def products() -> list[Entry]:
     ]
 
 
+def session(graph: Any, domain: str, threads: int, library: str | None = None) -> Any:
+    """Of ONNX Runtime, which lends its own threads to the nodes."""
+    opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid(domain, 1)]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # else a pool waits on the next one's core
+    if library:
+        options.register_custom_ops_library(library)
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def value(name: str, shape: list[int]) -> Any:
+    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+
+
 def ort_attention(q: Any, k: Any, v: Any, threads: int = 1) -> Callable[[], Any]:
     """MultiHeadAttention wants [B, N, H * D] and transposes by itself; that is part of what it costs."""
     batch, heads, n, dim = q.shape
-    value: Any = lambda name: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [batch, n, heads * dim])  # noqa: E731
+    shape = [batch, n, heads * dim]
     node = onnx.helper.make_node("MultiHeadAttention", ["q", "k", "v"], ["o"], domain="com.microsoft", num_heads=heads)
-    graph = onnx.helper.make_graph([node], "attention", [value(x) for x in "qkv"], [value("o")])
-    opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("com.microsoft", 1)]
-    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    packed = {
-        x: np.ascontiguousarray(t.swapaxes(1, 2)).reshape(batch, n, heads * dim)
-        for x, t in zip("qkv", (q, k, v), strict=True)
-    }
-    return lambda: session.run(None, packed)
+    graph = onnx.helper.make_graph([node], "attention", [value(x, shape) for x in "qkv"], [value("o", shape)])
+    packed = {x: np.ascontiguousarray(t.swapaxes(1, 2)).reshape(shape) for x, t in zip("qkv", (q, k, v), strict=True)}
+    opened = session(graph, "com.microsoft", threads)
+    return lambda: opened.run(None, packed)
 
 
 def peak() -> tuple[Callable[[], Any], int]:
@@ -144,17 +154,34 @@ class Case(NamedTuple):
     def operations(self) -> float:
         return 4.0 * HEADS * self.q.shape[2] ** 2 * self.q.shape[3]
 
-    def dense(self, compute: int, threads: int = 1) -> Callable[[], None]:
+    def dense(self, compute: int) -> Callable[[], None]:
         to, none = kernel.output(np.empty(self.q.shape, np.float32)), kernel.lengths(None, None)
         tensors = tuple(map(kernel.tensor, (self.q, self.k, self.v)))
         config = kernel.config(self.c, self.q, self.k, compute=compute)
-        return kernel.prepare("dsa_attend", config, (*tensors, None, None, none), to, threads)
+        return kernel.prepare("dsa_attend", config, (*tensors, None, None, none), to)
 
-    def sparse(self, compute: int, scorer: Scorer, threads: int = 1) -> Callable[[], None]:
+    def sparse(self, compute: int, scorer: Scorer) -> Callable[[], None]:
         to, none = kernel.output(np.empty(self.q.shape, np.float32)), kernel.lengths(None, None)
         tensors = tuple(map(kernel.tensor, (self.q, self.k, self.v)))
         config = kernel.config(replace(self.c, rule=0), self.q, self.k, scorer, compute)
-        return kernel.prepare("dsa_fused", config, (*tensors, kernel.scorer(scorer), none), (*to, None), threads)
+        return kernel.prepare("dsa_fused", config, (*tensors, kernel.scorer(scorer), none), (*to, None))
+
+    def in_runtime(self, compute: int, scorer: Scorer, threads: int, dense: bool) -> Callable[[], Any]:
+        """The operator as a node in ONNX Runtime, whose threads do the work."""
+        operands = dict(zip("qkv", (self.q, self.k, self.v), strict=True))
+        weights = [onnx.numpy_helper.from_array(np.ascontiguousarray(x), name) for name, x in scorer._asdict().items()]
+        node = onnx.helper.make_node(
+            onnx_function.NAME,
+            [*operands, *(w.name for w in weights)],
+            ["o"],
+            domain=onnx_function.DOMAIN,
+            compute=compute,
+            dense_below=2**30 if dense else 0,
+        )
+        shape = list(self.q.shape)
+        graph = onnx.helper.make_graph([node], "dsa", [value(x, shape) for x in "qkv"], [value("o", shape)], weights)
+        opened = session(graph, onnx_function.DOMAIN, threads, str(native.binding("onnx")))
+        return lambda: opened.run(None, operands)
 
     def score(self, scorer: Scorer) -> Callable[[], None]:
         lists, none = kernel.empty_lists(self.c, self.q, self.k), kernel.lengths(None, None)
@@ -273,23 +300,26 @@ def _break_evens(
 
 
 def scaling(n: int, dim: int, threads: int, seconds: float, console: Console) -> list[dict[str, Any]]:
-    """Several threads against one, by the wall clock."""
-    x, best = case(n, dim), kernel.kernels()
-    scorer, got = x.keeping(0.25)
-    todo = []
+    """Several threads of ONNX Runtime against one, by the wall clock, the operator through its binding."""
+    x = case(n, dim)
+    scorer, _ = x.keeping(0.25)
+    todo = []  # one and several take turns: a pool that has just worked spins for a while
     for t in (1, threads):
         todo.append(Entry(None, f"ort {t}", 1.0, ort_attention(x.q, x.k, x.v, t), x.operations))
-        for compute, precision in ((kernel.F32, "f32"), (kernel.I8, "i8")):
-            todo.append(Entry(best, f"{precision} dense {t}", 1.0, x.dense(compute, t), x.operations))
-            run = x.sparse(compute, scorer, t)
-            todo.append(Entry(best, f"{precision} 0.25 {t}", got, run, got * x.operations))
+    for compute, precision in ((kernel.F32, "f32"), (kernel.I8, "i8")):
+        for kept in (1.0, 0.25):
+            for t in (1, threads):
+                run = x.in_runtime(compute, scorer, t, dense=kept == 1)
+                todo.append(
+                    Entry(None, f"{precision} {'dense' if kept == 1 else kept} {t}", kept, run, kept * x.operations)
+                )
     times = measure(todo, seconds, time.perf_counter)
     table = Table(title=f"N {n}, D {dim}: {threads} threads against 1, wall clock, load {os.getloadavg()[0]:.1f}")
     for heading in ("what", "ms, 1 thread", f"ms, {threads} threads", "speedup", "goal"):
         table.add_column(heading)
     found = []
     for what in ("ort", "f32 dense", "f32 0.25", "i8 dense", "i8 0.25"):
-        one, several = (times[None if what == "ort" else best, f"{what} {t}"] for t in (1, threads))
+        one, several = (times[None, f"{what} {t}"] for t in (1, threads))
         ms, speed = [1e3 * float(np.median(x)) for x in (one, several)], ratio(one, several)
         goal = TWO_THREADS if what != "ort" and threads == 2 else None
         table.add_row(what, *(f"{x:.3f}" for x in ms), f"{speed:.2f}", verdict(speed, goal))

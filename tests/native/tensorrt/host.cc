@@ -75,7 +75,7 @@ static bool output_is_like_q(IPluginV2DynamicExt *plugin, const Dims &q) {
     return same;
 }
 
-// shapes: rank, then sizes, for each of the ten inputs. kept receives the lists as they lie in the workspace.
+// shapes: rank, then sizes, for each of the inputs. kept receives the lists as they lie in the workspace.
 // Returns 0, or the step that failed.
 extern "C" int32_t test_plugin(const int32_t *attributes, float scale, int32_t half, const int32_t *shapes,
                                const void *const *x, void *y, int32_t *kept) {
@@ -85,7 +85,7 @@ extern "C" int32_t test_plugin(const int32_t *attributes, float scale, int32_t h
     for (int32_t i = 0; i < INPUTS; ++i) {
         all[i].dims.nbDims = *shapes++;
         for (int32_t d = 0; d < all[i].dims.nbDims; ++d) all[i].dims.d[d] = *shapes++;
-        all[i].type = i >= Q_LEN ? DataType::kINT32 : i <= V && half ? DataType::kHALF : DataType::kFLOAT;
+        all[i].type = is_length(i) ? DataType::kINT32 : i <= V && half ? DataType::kHALF : DataType::kFLOAT;
         all[i].format = TensorFormat::kLINEAR, all[i].scale = 1.0f;
     }
     all[INPUTS] = all[Q];

@@ -45,7 +45,7 @@ __all__ = ["Limits", "Outcome", "Point", "Proxy", "Real", "kitchen", "search"]
 PROXY_ROWS = 200
 FINALISTS = 4
 REPEATS = 3  # of each row when a program is timed
-BYTES = {"int8": 1, "int4": 0.5, "fp16": 2, "fp32": 4}
+BYTES = {"int8": 1, "int8-static": 1, "int4-embeddings": 1, "int4": 0.5, "fp16": 2, "fp32": 4}
 Progress = Callable[[str, int, int], None]
 
 
@@ -365,7 +365,7 @@ def _modelled_ms(model: Model, tokens: Sequence[int], device: Device, precision:
         channels = sum(layer.heads * layer.dim for layer in swap.layers(model.module))
     except BadInput:
         channels = 0
-    int8 = precision == "int8"
+    int8 = precision in ("int8", "int8-static", "int4-embeddings")
     times = []
     for n in tokens:
         linear, attention = 2.0 * weights * n, 4.0 * channels * n * n

@@ -1,0 +1,205 @@
+"""
+How weights and activations are rounded: what exporters write, and what passes pretend while they train or measure.
+
+Linear layers and embedding tables are rounded symmetrically by row: int8 with one scale a row, int4 with one for each
+GROUP of a row's columns; the largest weight becomes 127 or 7. Activations are rounded while a program runs, around a
+zero point, with a scale for each token or for each input row ("tensor", as ONNX Runtime's int8 does).
+
+The straight-through rounding is torch's own. torchao's fake quantizers choose scales that no exporter here writes (the
+largest weight becomes 127.5 or 7.5), so that training would learn other numbers than the file holds.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils import parametrize
+
+from .errors import BadInput
+from .model import Model
+
+GROUP = 32  # columns that share a scale in int4
+MOST = {"int8": 127, "int4": 7}
+SMALLEST = 1e-12  # scale of a row of zeros
+ACTIVATIONS = ("token", "tensor", "none")
+FINENESS = ("int4", "int8", "fp16", "fp32")
+# What a program of a precision stores: linear layers, embedding tables.
+PARTS = {
+    "int8": ("int8", "int8"),
+    "int8-static": ("int8", "int8"),
+    "int4": ("int4", "int4"),
+    "int4-embeddings": ("int8", "int4"),
+}
+
+Tensor = torch.Tensor
+Content = tuple[tuple[int, ...], bytes]
+
+
+def layers(module: torch.nn.Module) -> dict[str, Any]:
+    """Path -> every linear layer and embedding table; no subclass, which may compute more."""
+    return {name: m for name, m in module.named_modules() if type(m) in (torch.nn.Linear, torch.nn.Embedding)}
+
+
+def stored(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    """[rows, columns] fp32 -> int8 values of that shape and fp32 scales [rows, groups]; one group in int8."""
+    weight = weight.detach()
+    scales = _scales(weight, precision)
+    parts = weight.reshape(*scales.shape, -1)
+    most = MOST[precision]
+    values = (parts / scales[..., None]).round().clamp(-most, most).to(torch.int8)
+    return values.reshape(weight.shape), scales
+
+
+def pretended(weight: Tensor, precision: str) -> Tensor:
+    """The fp32 numbers that the stored ones stand for; the gradient passes as if nothing had been rounded."""
+    with torch.no_grad():
+        scales = _scales(weight, precision).flatten()
+    most = MOST[precision]
+    parts = weight.reshape(len(scales), -1)
+    zeros = torch.zeros(len(scales), dtype=torch.int32)
+    rounded = torch.fake_quantize_per_channel_affine(parts, scales, zeros, 0, -most, most)
+    return rounded.reshape(weight.shape)
+
+
+def fitting(precision: str, columns: int) -> str:
+    """int4 needs whole groups; a row that has none is stored in int8."""
+    return "int8" if precision == "int4" and columns % GROUP else precision
+
+
+def asked(model: Model, precision: str) -> dict[str, str]:
+    """Path of each layer -> what a program of `precision` stores it in, finer where the model says so."""
+    made = {}
+    for name, layer in layers(model.module).items():
+        part = PARTS[precision][isinstance(layer, torch.nn.Embedding)]
+        part = max(part, model.precisions.get(name, part), key=FINENESS.index)
+        made[name] = fitting(part, layer.weight.shape[1])
+    return made
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """
+    What the constant matrices of an exported graph are stored in. Exporters rename and transpose them, so a layer that
+    the model keeps finer is known by its content.
+    """
+
+    parts: tuple[str, str]  # linear layers, embedding tables
+    finer: Mapping[Content, str] = field(default_factory=dict)
+    ranges: Mapping[Content, tuple[float, float]] = field(default_factory=dict)  # of activations
+
+    @property
+    def plain(self) -> bool:
+        """All of it int8, activations rounded as they come."""
+        return self.parts == ("int8", "int8") and not self.finer and not self.ranges
+
+    def range_of(self, matrix: np.ndarray) -> tuple[float, float] | None:
+        """What reaches a linear layer [out, in]: its least and greatest value."""
+        return self.ranges.get(_content(matrix))
+
+    def of(self, matrix: np.ndarray, *, table: bool) -> str:
+        """`matrix`: [out, in] of a linear layer, [rows, columns] of a table."""
+        part = self.parts[table]
+        found = self.finer.get(_content(matrix), part) if self.finer else part
+        return fitting(max(part, found, key=FINENESS.index), matrix.shape[1])
+
+
+def chosen(model: Model, precision: str) -> Chosen:
+    """For a program of this precision. Raises BadInput where the model keeps a layer that it has not."""
+    finer: dict[Content, str] = {}
+    known = layers(model.module)
+    for name, found in model.precisions.items():
+        if name not in known or found not in FINENESS:
+            raise BadInput(f"precisions: {name} = {found}: {model.name} has no such layer, or it is none of {FINENESS}")
+        key = _content(known[name].weight.detach().numpy())
+        finer[key] = max(found, finer.get(key, found), key=FINENESS.index)
+    if precision != "int8-static":
+        return Chosen(PARTS[precision], finer)
+    if not model.ranges:
+        raise BadInput(f"int8-static needs the ranges of {model.name}'s activations: add the pass smooth.linears")
+    if gone := sorted(set(model.ranges) - set(known)):
+        raise BadInput(f"{gone[0]} has a range and is no layer of {model.name} any more: let smooth.linears come last")
+    ranges = {_content(known[name].weight.detach().numpy()): found for name, found in model.ranges.items()}
+    return Chosen(PARTS[precision], finer, ranges)
+
+
+# --- pretending -------------------------------------------------------------------------------------------------------
+
+
+def pretend(module: torch.nn.Module, precisions: Mapping[str, str], activations: str) -> None:
+    """Rounds the weights of these layers, and what reaches the linear ones, at every forward. In place."""
+    if activations not in ACTIVATIONS:
+        raise BadInput(f"activations {activations!r} must be one of {', '.join(ACTIVATIONS)}")
+    for name, precision in precisions.items():
+        if precision not in MOST:
+            continue
+        layer = module.get_submodule(name)
+        table = isinstance(layer, torch.nn.Embedding)
+        parametrize.register_parametrization(layer, "weight", _Rounded(precision))
+        if activations != "none" and not table:
+            layer.register_forward_pre_hook(_Activations(activations))
+
+
+def reveal(module: torch.nn.Module, names: Iterable[str]) -> None:
+    """Takes away again what `pretend` put in; weights keep what they learned. In place."""
+    for name in names:
+        layer: Any = module.get_submodule(name)
+        if parametrize.is_parametrized(layer, "weight"):
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+        for key, hook in list(layer._forward_pre_hooks.items()):
+            if isinstance(hook, _Activations):
+                del layer._forward_pre_hooks[key]
+
+
+def pretending(model: Model, precisions: Mapping[str, str], activations: str) -> torch.nn.Module:
+    """A copy of the model's module that rounds."""
+    module = copy.deepcopy(model.module)
+    pretend(module, precisions, activations)
+    return module
+
+
+class _Rounded(torch.nn.Module):
+    """A weight as its program stores it."""
+
+    bits: Tensor
+
+    def __init__(self, precision: str) -> None:
+        super().__init__()
+        self.precision = precision
+        self.register_buffer("bits", torch.tensor(int(precision[3:])))  # so that a checkpoint tells int4 from int8
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return pretended(weight, self.precision)
+
+
+class _Activations:
+    """Forward pre-hook: [..., channels] rounded to 256 steps between its least and largest value."""
+
+    def __init__(self, scope: str) -> None:
+        self.scope = scope
+
+    def __call__(self, _module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, *rest = args
+        rows = x.reshape(-1, x.shape[-1]) if self.scope == "token" else x.flatten(1)
+        with torch.no_grad():
+            low, high = (f(rows, 1).float() for f in (torch.amin, torch.amax))
+            low, high = low.clamp(max=0), high.clamp(min=0)
+            scale = ((high - low) / 255).clamp(min=SMALLEST)
+            zero = (-low / scale).round().to(torch.int32)
+        rounded = torch.fake_quantize_per_channel_affine(rows.float(), scale, zero, 0, 0, 255)
+        return (rounded.reshape(x.shape).to(x.dtype), *rest)
+
+
+def _scales(weight: Tensor, precision: str) -> Tensor:
+    groups = weight.shape[1] // GROUP if precision == "int4" else 1
+    largest = weight.reshape(len(weight), groups, -1).abs().amax(2)
+    return (largest / MOST[precision]).clamp(min=SMALLEST)
+
+
+def _content(matrix: np.ndarray) -> Content:
+    return matrix.shape, blake2b(np.ascontiguousarray(matrix, np.float32).tobytes()).digest()
