@@ -229,12 +229,15 @@ def _pooling(folder: Path) -> str:
 
 def _from_transformers(module: Any, name: str | None, tokenizer: Any, files: dict[str, bytes], pooling: str) -> Model:
     """Asks the module: which inputs its forward takes, how many positions it has, whether it has a head."""
+    from .attention.swap import NAME as SPARSE
+
     architecture = type(module).__name__
     known = "For" in architecture or architecture.endswith("LMHeadModel")
     kind = _head(architecture)[1] if known else "embedding"
     module = copy.deepcopy(module.base_model if kind == "embedding" else module).float().cpu().eval()
     # Eager attention exports as plain matrix products and one softmax; the fused forms decompose into more operators.
-    module.set_attn_implementation("eager")
+    if getattr(module.config, "_attn_implementation", None) != SPARSE:  # a model that is sparse already stays so
+        module.set_attn_implementation("eager")
     config = module.config
     inputs = _image_inputs(config) if module.main_input_name == "pixel_values" else _text_inputs(module, tokenizer)
     names = tuple(x.name for x in inputs)

@@ -109,7 +109,7 @@ def test_a_gate_refuses_and_says_both_numbers(tmp_path: Path, config_home: Path)
         ({"formats": ["onxx"]}, UnknownFormat, "onnx"),
         ({"formats": ["coreml"]}, BadInput, "does not run coreml"),
         ({"formats": []}, BadInput, "at least one format"),
-        ({"precision": "fp16"}, BadInput, "int8, int4-embeddings, int4, fp32"),
+        ({"precision": "fp16"}, BadInput, "int8, int4-embeddings, int4, int8-static, fp32"),
         ({"expires": "2001-01-01"}, BadInput, "in the past"),
         ({"expires": "next year"}, BadInput, "YYYY-MM-DD"),
         ({"gate": 1.5}, BadInput, "from 0 to 1"),

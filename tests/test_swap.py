@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 
+from edgeformer import model as models
 from edgeformer.attention import dsa, op, swap
 from edgeformer.attention.reference import Config
 from edgeformer.errors import BadInput
@@ -134,6 +135,20 @@ def test_saved_and_loaded(family: str, tmp_path: Path) -> None:
     assert torch.equal(
         hidden(swap.from_pretrained(type(model), tmp_path / "twice").eval(), given), hidden(model, given)
     )
+
+
+def test_a_sparse_model_is_taken_as_it_is() -> None:
+    model = make("bert")
+    put(model, 0.07)
+    loaded = models.load(model).module
+    given = inputs("bert", padded=False)
+    with torch.no_grad():
+        whole = torch.nn.functional.normalize(model(**given).last_hidden_state.mean(1), dim=-1)
+        here = loaded(*given.values(), torch.zeros_like(given["input_ids"]))
+        swap.remove(model)
+        dense = torch.nn.functional.normalize(model(**given).last_hidden_state.mean(1), dim=-1)
+    torch.testing.assert_close(here, whole, rtol=0, atol=1e-6)
+    assert (dense - whole).abs().max() > 1e-4
 
 
 def test_loading_a_dense_folder_says_so(tmp_path: Path) -> None:
