@@ -139,7 +139,7 @@ def test_saved_and_loaded(family: str, tmp_path: Path) -> None:
 
 def test_a_sparse_model_is_taken_as_it_is() -> None:
     model = make("bert")
-    put(model, 0.07)
+    put(model, 0.3)
     loaded = models.load(model).module
     given = inputs("bert", padded=False)
     with torch.no_grad():
