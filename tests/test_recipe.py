@@ -74,7 +74,7 @@ def test_what_a_pass_lacks_is_named(kitchen: Kitchen) -> None:
 
 
 def test_an_unknown_recipe() -> None:
-    with pytest.raises(BadInput, match="no recipe 'faster'; there are balanced, compact, fast"):
+    with pytest.raises(BadInput, match="no recipe 'faster'; there are balanced, careful, fast"):
         recipe.load("faster")
 
 
