@@ -324,7 +324,8 @@ def _mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=mask_function, attention_mask=attention_mask, **options,
         )  # fmt: skip
-        return own
+        # Padding behind the window sees nothing. Not every runtime's softmax of nothing is 0: let it see anything.
+        return own if own is None else torch.logical_or(own, torch.logical_not(own.any(-1, keepdim=True)))
     if isinstance(q_offset, torch.Tensor) or kv_offset:
         raise BadInput("sparse attention works with a growing cache, not with a static one; use a DynamicCache")
     if attention_mask is None:

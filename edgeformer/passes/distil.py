@@ -106,19 +106,13 @@ def distil(
         if losses.deep and any(len(a[0]) != len(b[0]) for a, b in zip(rows, theirs, strict=True)):
             raise BadInput("feature, relation and batch compare tokens; teacher and student cut texts differently")
         known = answers(teacher, theirs, losses.deep, Path(folder) if folder else None, recipe.bf16, progress)
-        module = copy.deepcopy(model.module)
-        for part in module.modules():
-            if isinstance(part, torch.nn.Dropout):
-                part.p = dropout
-        words = [p for m in module.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()]
-        for vectors in words:
-            vectors.requires_grad_(embeddings)
+        module = _learning(model.module, dropout)
         learner = _Learner(model, module, known, _targets(labels, len(read_texts)), rows, losses)
         asked = (losses, dropout, model.task.kind, known.made_of, labels, *(() if embeddings else ("words fixed",)))
         made_of = _digest(repr(asked), rows)
         name = _digest(f"{made_of} {recipe} {_of(module)}", ())[:16]
         checkpoint = Path(folder) / "students" / f"{name}.safetensors" if folder else None
-        with _tapped(module, losses.deep) as taken:
+        with _tapped(module, losses.deep) as taken, _words(module, learn=embeddings):
             loss = learner.loss(taken)
             done = fit(
                 learner.module,
@@ -130,8 +124,6 @@ def distil(
                 what="distil",
                 progress=progress,
             )
-        for vectors in words:
-            vectors.requires_grad_()
         facts = {
             "texts": len(texts),
             "augmented": len(read_texts) - len(texts),
@@ -147,6 +139,25 @@ def distil(
         return model.after("distil", module, facts=facts)
 
     return run
+
+
+def _learning(module: torch.nn.Module, dropout: float) -> torch.nn.Module:
+    made = copy.deepcopy(module)
+    for part in made.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = dropout
+    return made
+
+
+@contextmanager
+def _words(module: torch.nn.Module, learn: bool) -> Iterator[None]:
+    """Whether embeddings learn, for a while."""
+    words = [p for m in module.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()]
+    for vectors in words:
+        vectors.requires_grad_(learn)
+    yield
+    for vectors in words:
+        vectors.requires_grad_()
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
