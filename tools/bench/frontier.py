@@ -19,6 +19,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -418,7 +419,7 @@ def main() -> int:
     calibration = data.load(model, folder / "train.tsv", TASK, most=CALIBRATION_ROWS)
     kit = Kit(arguments.model, model, folder, dev, calibration, arguments.work)
     try:
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, redirect_stdout(sys.stderr):  # converters talk
             outcome = run(kit, arguments.ours, arguments.rows, Path(scratch))
     except BadInput as error:
         print(error, file=sys.stderr)

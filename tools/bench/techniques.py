@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -487,7 +488,8 @@ def main() -> int:
         for technique in techniques():
             if any(word in technique.name for word in words):
                 print(f"{task}: {technique.name}", file=sys.stderr, flush=True)
-                lines += kept(judge, technique, code)
+                with redirect_stdout(sys.stderr):  # converters talk
+                    lines += kept(judge, technique, code)
                 write(arguments.out, lines, about)
     console = Console(width=WIDTH)
     for task in tasks:
