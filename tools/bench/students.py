@@ -99,7 +99,7 @@ class Plan:
 PLANS = {
     "small": Plan(Goal(0.8422, 4, 10), Recipe(batch=64, rate=8e-4), layers=2, width=(192, 512), rank=128, copies=3),
     "medium": Plan(Goal(0.8599, 6, 5), Recipe(batch=64, rate=6e-4), layers=3, width=(256, 512), rank=192, copies=3),
-    "large": Plan(Goal(0.8776, 12, 2), Recipe(rate=5e-5), keep=0.5, embeddings=False, hard=1.0, dropout=0.1),
+    "large": Plan(Goal(0.8776, 12, 2), Recipe(rate=5e-5), keep=0.3, embeddings=False, hard=1.0, dropout=0.1),
 }
 
 
