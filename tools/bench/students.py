@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path[0] = str(Path(__file__).parents[2])
 
 import torch  # noqa: E402
+from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -164,7 +165,9 @@ def latencies(one: dict[str, Program], rows: dict[str, data.Rows]) -> dict[str, 
             taken: dict[str, list[float]] = {name: [] for name in one}
             for _ in range(ROUNDS):
                 for name, step in steps.items():
-                    row, began = rows[name].rows[i], time.perf_counter()
+                    row = rows[name].rows[i]
+                    step(row)  # the caches hold its own weights again, as they do where nothing else runs
+                    began = time.perf_counter()
                     step(row)
                     taken[name].append(1000 * (time.perf_counter() - began))
             for name in one:
@@ -221,8 +224,9 @@ def judge(
 
 
 def table(lines: Sequence[Line]) -> Table:
-    shown = Table(title="SST-2 dev, int8, one thread; MB with the tokenizer; x over the fastest unmodified program")
-    for column in "student,format,accuracy,95 %,fp32,loss,p,MB,ms,x,goal".split(","):
+    title = "SST-2 dev, int8, one thread; MB with tokenizer; x over the fastest unmodified"
+    shown = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in "student,format,accuracy,95 %,loss,p,MB,ms,x,goal".split(","):
         shown.add_column(column, justify="left" if column in ("student", "format") else "right")
     for x in lines:
         d, goal = x.difference, PLANS[x.student].goal if x.student in PLANS else None
@@ -231,7 +235,6 @@ def table(lines: Sequence[Line]) -> Table:
             x.format,
             f"{x.accuracy.value:.4f}",
             f"{x.accuracy.low:.3f}-{x.accuracy.high:.3f}",
-            f"{x.fp32_accuracy:.4f}",
             f"{d.value:+.4f}" if d else "",
             f"{d.p_value:.2g}" if d else "",
             f"{x.program_mb + x.tokenizer_mb:.2f}",
