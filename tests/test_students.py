@@ -20,11 +20,10 @@ from tools.bench import students  # noqa: E402
 
 sys.path[:] = here  # the tool puts the repository first, for when it is run as a file
 
-from edgeformer.passes.distil import Losses  # noqa: E402
 from edgeformer.train import Recipe  # noqa: E402
 
 TINY = Recipe(epochs=1, batch=16, rate=1e-3, bf16=False)
-PLAN = students.Plan(students.Goal(0.0, 1.0, 0.0), 1, 16, 32, TINY, Losses(response=1.0, hard=0.3), copies=1)
+PLAN = students.Plan(students.Goal(0.0, 1.0, 0.0), TINY, layers=1, width=(16, 32), rank=8, copies=1, embeddings=False)
 
 
 def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *more: str) -> int:
