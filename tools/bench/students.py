@@ -56,6 +56,11 @@ class Goal:
     speedup: float  # against the fastest int8 program of the unmodified model
 
 
+def pruned(keep: float, rows: Path) -> Pass:
+    """The rows are read by the model that is pruned: its vocabulary may be cut."""
+    return lambda model: prune.structured(data.load(model, rows, "sst2"), keep=keep)(model)
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a student is cut and trained, and what it should reach. What is None stays as it is."""
@@ -66,6 +71,7 @@ class Plan:
     width: tuple[int, int] | None = None  # hidden, feed-forward
     keep: float | None = None  # share of heads and columns, chosen by their importance
     rank: int | None = None  # of the embeddings
+    trim: float | None = None  # like keep, of what has learned
     copies: int = 0  # texts made from each text
     dropout: float = 0.0
     embeddings: bool = True  # learn too
@@ -75,8 +81,7 @@ class Plan:
         made = [student.layers(self.layers)] if self.layers else []
         made += [student.width(self.width[0], ffn=self.width[1])] if self.width else []
         made += [student.vocabulary(texts), student.positions(LENGTHS[-1])]
-        if keep := self.keep:  # rows are read by the model that is pruned, whose vocabulary is cut
-            made.append(lambda model: prune.structured(data.load(model, rows, "sst2"), keep=keep)(model))
+        made += [pruned(self.keep, rows)] if self.keep else []
         return made + ([student.embeddings(self.rank)] if self.rank else [])
 
     def passes(self, teacher: Model, rows: Path, work: Path, progress: Any) -> list[Pass]:
@@ -94,12 +99,16 @@ class Plan:
             folder=work,
             progress=progress,
         )
-        return [*self.cuts(texts, rows), learn]
+        return [*self.cuts(texts, rows), learn, *([pruned(self.trim, rows)] if self.trim else [])]
 
 
 PLANS = {
-    "small": Plan(Goal(0.8422, 4, 10), Recipe(batch=64, rate=8e-4), layers=2, width=(192, 512), rank=128, copies=3),
-    "medium": Plan(Goal(0.8599, 6, 5), Recipe(batch=64, rate=6e-4), layers=3, width=(256, 512), rank=192, copies=3),
+    "small": Plan(
+        Goal(0.8422, 4, 10), Recipe(batch=64, rate=8e-4), layers=2, width=(192, 512), rank=128, copies=3, trim=0.75
+    ),
+    "medium": Plan(
+        Goal(0.8599, 6, 5), Recipe(batch=64, rate=6e-4), layers=3, width=(256, 512), rank=192, copies=3, trim=0.75
+    ),
     "large": Plan(Goal(0.8776, 12, 2), Recipe(rate=5e-5), keep=0.3, embeddings=False, hard=1.0, dropout=0.1),
 }
 
