@@ -151,12 +151,13 @@ def _learning(module: torch.nn.Module, dropout: float) -> torch.nn.Module:
 
 @contextmanager
 def _words(module: torch.nn.Module, learn: bool) -> Iterator[None]:
-    """Whether embeddings learn, for a while."""
+    """Without `learn`, embeddings that could learn do not for a while."""
     words = [p for m in module.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()]
-    for vectors in words:
-        vectors.requires_grad_(learn)
+    held = [] if learn else [vectors for vectors in words if vectors.requires_grad]
+    for vectors in held:
+        vectors.requires_grad_(False)
     yield
-    for vectors in words:
+    for vectors in held:
         vectors.requires_grad_()
 
 

@@ -12,14 +12,12 @@ model's, so compare ratios and not milliseconds.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,14 +36,12 @@ from edgeformer.model import Model  # noqa: E402
 from edgeformer.passes import Pass, distil, prune, student  # noqa: E402
 from edgeformer.program import Program  # noqa: E402
 from edgeformer.train import Recipe  # noqa: E402
-from edgeformer.workshop import described  # noqa: E402
-from edgeformer_agent import runners  # noqa: E402
-from tools.bench import shelf  # noqa: E402
+from tools.bench import shelf, turns  # noqa: E402
 
 FORMATS = ("onnx", "litert")
 LENGTHS = (16, 32, 48, 64, 128)
 TRAIN_TOKENS = 64
-TIMED_ROWS, ROUNDS = 150, 7
+TIMED_ROWS = 150
 SAY_EVERY_S = 30.0
 
 
@@ -85,7 +81,8 @@ class Plan:
         return made + ([student.embeddings(self.rank)] if self.rank else [])
 
     def passes(self, teacher: Model, rows: Path, work: Path, progress: Any) -> list[Pass]:
-        texts, labels = read(rows)
+        known = data.texts(rows, "sst2")
+        texts, labels = list(known.texts), list(known.labels)
         learn = distil.distil(
             teacher,
             texts,
@@ -148,44 +145,17 @@ class Said:
             print(f"{self.name}: {what} {done}/{total}, {left:.0f} s left", file=sys.stderr, flush=True)
 
 
-def read(path: Path) -> tuple[list[str], list[float]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
-    return [row[0].strip() for row in rows], [float(row[1]) for row in rows]
-
-
 def programs(model: Model) -> Iterator[Program]:
     for name in FORMATS:
         yield from formats.load(name).export(model, ["int8"])
 
 
-def latencies(one: dict[str, Program], rows: dict[str, data.Rows]) -> dict[str, float]:
-    """Mean over rows of the median over rounds, in ms; the programs take turns on every row."""
+def timings(one: dict[str, Program], rows: dict[str, data.Rows]) -> dict[str, turns.Timing]:
+    """By the names of the programs, which take turns on every row."""
     with tempfile.TemporaryDirectory() as folder:
-        steps: dict[str, Callable[[Any], Any]] = {}
-        for name, program in one.items():
-            path = Path(folder) / name.replace("/", "-")
-            path.write_bytes(program.files[program.entry])
-            steps[name] = runners.load(program.format).load(str(path), described(program), 1)
-        count = len(next(iter(rows.values())).rows)
-        picked = range(0, count, max(count // TIMED_ROWS, 1))
-        means: dict[str, list[float]] = {name: [] for name in one}
-        for i in picked:
-            taken: dict[str, list[float]] = {name: [] for name in one}
-            for _ in range(ROUNDS):
-                for name, step in steps.items():
-                    row = rows[name].rows[i]
-                    step(row)  # the caches hold its own weights again, as they do where nothing else runs
-                    began = time.perf_counter()
-                    step(row)
-                    taken[name].append(1000 * (time.perf_counter() - began))
-            for name in one:
-                means[name].append(statistics.median(taken[name]))
-    return {name: statistics.fmean(x) for name, x in means.items()}
-
-
-def tokenizer_mb(model: Model) -> float:
-    return sum(len(x) for name, x in (model.files or {}).items() if name.startswith("tokenizer/")) / 1e6
+        places = {name: Path(folder) / str(number) for number, name in enumerate(one)}
+        subjects = [turns.entrant(name, program, places[name], rows[name], 0.0, "") for name, program in one.items()]
+        return turns.timed(subjects, turns.pick(min(len(x.rows) for x in rows.values()), TIMED_ROWS))
 
 
 def made(plan: Plan, teacher: Model, folder: Path, work: Path, name: str) -> tuple[Model, float]:
@@ -210,8 +180,8 @@ def judge(
     own = evaluate.evaluate(model, rows, "sst2", name=name)
     here = {f"{name}/{p.format}": p for p in programs(model)}
     both = unmodified | here
-    timed = latencies(both, {n: rows if n in here else base for n in both})
-    best = min((timed[n] for n in unmodified), default=0.0)
+    timed = timings(both, {n: rows if n in here else base for n in both})
+    best = min((timed[n] for n in unmodified), key=lambda x: x.ms, default=None)
     lines = []
     for n, program in here.items():
         found = evaluate.evaluate(program, rows, "sst2", name=n)
@@ -223,9 +193,9 @@ def judge(
                 fp32_accuracy=own.estimates[0].value,
                 difference=evaluate.against(found, fp32 or own)[0],
                 program_mb=program.size_bytes / 1e6,
-                tokenizer_mb=tokenizer_mb(model),
-                latency_ms=timed[n],
-                speedup=best / timed[n] if best else None,
+                tokenizer_mb=shelf.tokenizer_mb(model),
+                latency_ms=timed[n].ms,
+                speedup=turns.speedup(best, timed[n]) if best else None,
                 train_cpu_s=None,
             )
         )
