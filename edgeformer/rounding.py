@@ -121,7 +121,10 @@ def chosen(model: Model, precision: str) -> Chosen:
     if precision != "int8-static":
         return Chosen(PARTS[precision], finer)
     if not model.ranges:
-        raise BadInput(f"int8-static needs the ranges of {model.name}'s activations: add the pass smooth.linears")
+        raise BadInput(
+            f"int8-static needs the ranges of {model.name}'s activations: add the pass smooth.linears, in a recipe "
+            '[[pass]] name = "smooth.linears"'
+        )
     if gone := sorted(set(model.ranges) - set(known)):
         raise BadInput(f"{gone[0]} has a range and is no layer of {model.name} any more: let smooth.linears come last")
     ranges = {_content(known[name].weight.detach().numpy()): found for name, found in model.ranges.items()}

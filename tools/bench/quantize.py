@@ -10,9 +10,11 @@ answer, and how far the outputs are from fp32's, as a share of their size. Calib
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -58,26 +60,36 @@ def variants(texts: list[str], steps: int) -> Iterator[Variant]:
             )
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", type=Path, required=True, help="MiniLM fine-tuned on SST-2, or another of its task")
     parser.add_argument("--data", type=Path, required=True, help="folder with train.tsv and dev.tsv of SST-2")
     parser.add_argument("--steps", type=int, default=0, help="of training with rounding; none by default")
     parser.add_argument("--only", default="", help="variants whose name contains this")
+    parser.add_argument("--out", type=Path, default=Path("quantize.json"))
     options = parser.parse_args()
+    train, dev = options.data / "train.tsv", options.data / "dev.tsv"
+    if missing := [str(p) for p in (train, dev, options.model) if not p.exists()]:
+        print(f"not there: {', '.join(missing)}", file=sys.stderr)
+        return 3
+    found = data.texts(train, "sst2").texts
+    texts = [found[i] for i in np.random.default_rng(0).permutation(len(found))]
+    wanted = [variant for variant in variants(texts, options.steps) if options.only in variant[0]]
+    if not wanted:
+        parser.error(f"no variant has {options.only!r} in its name")
     model = models.load(options.model)
-    rows = data.load(model, options.data / "dev.tsv", "sst2")
+    rows = data.load(model, dev, "sst2")
     model = data.with_task(model, rows)
-    lines = (options.data / "train.tsv").read_text("utf-8").splitlines()[1:]
-    order = np.random.default_rng(0).permutation(len(lines))
-    texts = [lines[i].split("\t")[0] for i in order]
     base = evaluate.evaluate(model, rows, "sst2", name="PyTorch fp32")
-    for name, precision, before in variants(texts, options.steps):
-        if options.only in name:
-            _measure(model if before is None else before()(model), name, precision, rows, base)
+    lines = []
+    for name, precision, before in wanted:
+        lines.append(_measured(model if before is None else before()(model), name, precision, rows, base))
+        options.out.write_text(json.dumps(lines, indent=1) + "\n")
+    return 0
 
 
-def _measure(model: Model, name: str, precision: str, rows: data.Rows, base: evaluate.Evaluation) -> None:
+def _measured(model: Model, name: str, precision: str, rows: data.Rows, base: evaluate.Evaluation) -> dict[str, object]:
+    """Of one program: printed, and as what the JSON file holds."""
     (program,) = formats.load("onnx").export(model, [precision])
     found = evaluate.evaluate(program, rows, "sst2", name=name)
     (accuracy,), (difference,) = found.estimates, evaluate.against(found, base)
@@ -86,11 +98,13 @@ def _measure(model: Model, name: str, precision: str, rows: data.Rows, base: eva
     facts = model.history[-1].facts
     more = f" ({len(facts['kept'])} of {facts['layers']} layers finer)" if "kept" in facts else ""
     print(
-        f"{name:30} {program.size_bytes / 2**20:6.2f} MB  accuracy {accuracy.value:.4f} ({accuracy.low:.4f} to "
+        f"{name:30} {program.size_bytes / 2**20:6.2f} MiB  accuracy {accuracy.value:.4f} ({accuracy.low:.4f} to "
         f"{accuracy.high:.4f})  agreement {difference.agreement:.4f}  distance {distance:.4f}{more}",
         flush=True,
     )
+    about = {"name": name, "precision": precision, "size_mib": program.size_bytes / 2**20, "distance": distance}
+    return about | {"accuracy": asdict(accuracy), "difference_to_fp32": asdict(difference), "history": facts}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
