@@ -30,7 +30,7 @@ from .attention import swap
 from .device import Device
 from .errors import BadInput, BudgetMissed, EdgeformerError, MissingExtra
 from .model import Model
-from .plan import Export, plans
+from .plan import PRECISIONS, Export, plans
 from .program import Program
 from .recipe import Kitchen, Recipe, closed, cook, dump, load, ranges
 from .workshop import described
@@ -45,7 +45,6 @@ __all__ = ["Limits", "Outcome", "Point", "Proxy", "Real", "kitchen", "search"]
 PROXY_ROWS = 200
 FINALISTS = 4
 REPEATS = 3  # of each row when a program is timed
-BYTES = {"int8": 1, "int8-static": 1, "int4-embeddings": 1, "int4": 0.5, "fp16": 2, "fp32": 4}
 Progress = Callable[[str, int, int], None]
 
 
@@ -370,14 +369,14 @@ def _modelled_ms(model: Model, tokens: Sequence[int], device: Device, precision:
     for n in tokens:
         linear, attention = 2.0 * weights * n, 4.0 * channels * n * n
         flops, ops = (attention, linear) if int8 else (attention + linear, 0.0)
-        work = wire.Work(n, flops, ops, weights * BYTES[precision], 0.0)
+        work = wire.Work(n, flops, ops, weights * PRECISIONS[precision].weight_bytes, 0.0)
         times.append(predict.row_ms([work], n, device))
     return float(np.median(times))
 
 
 def _weights_mb(model: Model, precision: str) -> float:
     """Matrices in the wanted precision, vectors in fp32."""
-    sizes = [(p.numel(), BYTES[precision] if p.ndim > 1 else 4) for p in model.module.parameters()]
+    sizes = [(p.numel(), PRECISIONS[precision].weight_bytes if p.ndim > 1 else 4) for p in model.module.parameters()]
     return sum(n * size for n, size in sizes) / 2**20
 
 

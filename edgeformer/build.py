@@ -218,7 +218,7 @@ def _step(built: Made) -> wire.Step:
         f"export.{entry.format}",
         {
             "program": entry.name,
-            "precision": PRECISIONS[entry.precision],
+            "precision": PRECISIONS[entry.precision].about,
             "size_bytes": entry.size_bytes,
             **({"sparse_layers": built.program.sparse_layers} if built.program.sparse_layers else {}),
             entry.checked.measure: entry.checked.mean,

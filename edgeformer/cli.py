@@ -32,6 +32,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import BadInput, EdgeformerError
+from .plan import PRECISIONS
 
 INTERRUPTED = 130
 
@@ -194,10 +195,7 @@ def build(
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the bundle's folder goes.")] = Path("dist"),
     precision: Annotated[
         list[str] | None,
-        typer.Option(
-            help="int8, int8-static, int4-embeddings, int4, fp16, fp32; repeatable. "
-            "[dim]\\[default: the format's own][/]"
-        ),
+        typer.Option(help=f"{', '.join(PRECISIONS)}; repeatable. [dim]\\[default: the format's own][/]"),
     ] = None,
     format: Annotated[
         list[str] | None, typer.Option(help="Some of the target's formats. [dim]\\[default: all][/]")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import device as devices, formats as registry
 from .attention.reference import THRESHOLD
@@ -17,13 +17,32 @@ if TYPE_CHECKING:
     from .model import Model
     from .program import Program
 
+
+class Precision(NamedTuple):
+    """
+    weight_bytes: of most weights, for sizes before there is a program. golden: least similarity of a device's answers
+    to the build machine's, as other instruction sets round differently (and a board's int8 kernels may saturate where
+    this machine's do not).
+    """
+
+    about: str
+    weight_bytes: float
+    golden: float
+
+
 PRECISIONS = {  # what a format's own `PRECISIONS` may name
-    "int8": "int8 weights and embeddings per output channel, activations quantized per call or kept in float",
-    "int8-static": "as int8, with ranges of activations that `passes.smooth` found on calibration rows",
-    "int4-embeddings": "as int8, with int4 embeddings in groups",
-    "int4": "int4 weights in groups, embeddings too where the runtime looks them up; activations as in int8",
-    "fp16": "fp16 storage and arithmetic, sums in fp32 where the runtime allows it",
-    "fp32": "fp32 throughout",
+    "int8": Precision(
+        "int8 weights and embeddings per output channel, activations quantized per call or kept in float", 1, 0.98
+    ),
+    "int8-static": Precision(
+        "as int8, with ranges of activations that `passes.smooth` found on calibration rows", 1, 0.98
+    ),
+    "int4-embeddings": Precision("as int8, with int4 embeddings in groups", 1, 0.98),
+    "int4": Precision(
+        "int4 weights in groups, embeddings too where the runtime looks them up; activations as in int8", 0.5, 0.98
+    ),
+    "fp16": Precision("fp16 storage and arithmetic, sums in fp32 where the runtime allows it", 2, 0.999),
+    "fp32": Precision("fp32 throughout", 4, 0.9999),
 }
 
 

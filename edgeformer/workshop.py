@@ -20,15 +20,10 @@ from .data import Rows
 from .errors import BadInput
 from .model import Model
 from .passes import sparsify
-from .plan import Export, Plan
+from .plan import PRECISIONS, Export, Plan
 from .program import Program
 
 BLOCK = 64  # tokens a side of a sparse block: the fastest on CPUs
-# Other instruction sets round differently. int8: a board's kernels may also saturate where this machine's do not.
-GOLDEN_SIMILARITY = {"fp32": 0.9999, "fp16": 0.999} | dict.fromkeys(
-    ("int8", "int8-static", "int4-embeddings", "int4"), 0.98
-)
-
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -132,7 +127,7 @@ def described(program: Program) -> wire.Entry:
         work=program.work,
         predicted=wire.Prediction("", 1, wire.Metrics(), 1, 1, ""),
         checked=wire.Fidelity("", 0, 0, 0, 0),
-        golden_similarity=GOLDEN_SIMILARITY[program.precision],
+        golden_similarity=PRECISIONS[program.precision].golden,
     )
 
 
