@@ -14,8 +14,7 @@ import numpy as np
 from edgeformer_agent import cases, wire
 
 from . import check, device as devices, native, predict
-from .attention import choice, cost, static, swap
-from .attention.reference import TOP_K
+from .attention import choice, cost
 from .data import Rows
 from .errors import BadInput
 from .model import Model
@@ -58,8 +57,6 @@ class Workshop:
         long_enough = max(tokens) >= sparsify.FEWEST_BLOCKS * BLOCK
         if attention == "dense" or (attention == "auto" and not (hoped >= choice.WORTH and long_enough)):
             return _decided(model, "dense", hoped, "if the budget is met", attention, budget)
-        if plan.rule == TOP_K and load and any(layer.causal for layer in swap.layers(model.module)):
-            return _decided(model, "dense", 1.0, f"in {plan.exports[0].name}: {static.CAUSAL}", attention, budget)
         sparse = self._sparsified(model, plan.rule, budget)
         assert load is not None  # the pass refuses models without attention layers that it can swap
         kept = cost.calibrated(sparse.history)
