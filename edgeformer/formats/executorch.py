@@ -179,7 +179,8 @@ class _Linear(torch.nn.Module):
 
     def __init__(self, linear: torch.nn.Linear, precision: str) -> None:
         super().__init__()
-        self.bias, self.grouped = linear.bias, precision == "int4"
+        self.bias: torch.nn.Parameter | None = linear.bias
+        self.grouped = precision == "int4"
         values, scales = rounding.stored(linear.weight, precision)
         self.register_buffer("values", values)
         self.register_buffer("scales", scales if self.grouped else scales[:, 0].contiguous())
