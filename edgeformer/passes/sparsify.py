@@ -63,7 +63,8 @@ def dsa(
     """
     rows: long texts, or inputs as in `edgeformer.data`; the longer ones serve, cut to `length` (the model's limit).
     budget: fraction of blocks to keep. buckets: shorter lengths to calibrate as well (`swap.for_length`).
-    block: tokens a side, 32 (finer) or 64 (faster); by default 32 for causal models and 64 for others. rule: reference.THRESHOLD, TOP_P or TOP_K.
+    block: tokens a side, 32 (finer) or 64 (faster); by default 32 for causal models and 64 for others.
+    rule: reference.THRESHOLD, TOP_P or TOP_K.
     per_head: a budget a head instead of one threshold for all. int8: attention in int8 as well.
     dense_below: rows of up to so many tokens are dense; by default those that sparse attention would not make faster,
     by what it keeps of the given rows cut to each of the model's lengths.

@@ -1,4 +1,4 @@
-"""Text for `quality.py`: docstrings and descriptions of installed packages and novels to train on; others to test on."""
+"""Text for `quality.py`: docstrings, package descriptions and novels to train on, other kinds to test on."""
 
 from __future__ import annotations
 
