@@ -37,7 +37,7 @@ MOST_ROWS = 100  # for scorers
 LENGTH_ROWS = 8  # on which a shorter length is judged
 # By causality. At 2,048 tokens and kept .25, blocks of 32 cost the kernel 2-4 % more than blocks of 64; half as much of
 # a decoder's attention mass is then lost, since the blocks that a causal model cannot do without are half as large.
-BLOCK = {0: 64, 1: 32}
+BLOCK = {False: 64, True: 32}
 FEWEST_BLOCKS = 4  # of the longest row; with fewer there is nothing to choose from
 
 Rows = Sequence[str] | Sequence[Mapping[str, np.ndarray]]
@@ -141,7 +141,7 @@ def train(
 ) -> Scorers:
     """The first half of `dsa`, with its parameters; for several calls of it on one model."""
     # Before the rows are looked at: no longer text helps a model that cannot be sparse.
-    config = _blocked(model.module, block)
+    config = _config(model.module, block)
     given = _inputs(model, rows, min(length or model.max_length, model.max_length or length), config.block_q)
     stats = scorer.collect(model.module, given[:MOST_ROWS], config, progress, 0 if model.lengths else length)
     return Scorers(given, stats, scorer.train(stats, recipe, checkpoint=checkpoint, progress=progress))
@@ -229,10 +229,14 @@ def _kept_by_length(
     return {n: sum(shares) / len(shares) if shares else 1.0 for n, shares in sparse.items()}
 
 
-def _blocked(module: torch.nn.Module, block: int) -> Config:
+def block_of(module: torch.nn.Module) -> int:
+    """Tokens a side of a block, where nobody asks for others."""
+    return BLOCK[swap.layers(module)[0].causal]
+
+
+def _config(module: torch.nn.Module, block: int) -> Config:
     """Causal models lean on their first tokens: that block is always read."""
-    causal = int(swap.layers(module)[0].causal)
-    size = block or BLOCK[causal]
+    causal, size = int(swap.layers(module)[0].causal), block or block_of(module)
     return Config(block_q=size, block_k=size, causal=causal, n_sink=causal)
 
 
