@@ -22,8 +22,6 @@ from .passes import sparsify
 from .plan import PRECISIONS, Export, Plan
 from .program import Program
 
-BLOCK = 64  # tokens a side of a sparse block: the fastest on CPUs
-
 Progress = Callable[[str, int, int], None]  # what, done, total
 
 
@@ -54,7 +52,7 @@ class Workshop:
         tokens = [cases.length(row) for row in self.rows.rows]
         load = choice.load(model.module, plan.device, plan.exports[0].precisions[0])
         hoped = load.over(tokens, cost.Kept(sparsify.DENSE_BELOW, ((max(tokens), budget),))) if load else 1.0
-        long_enough = max(tokens) >= sparsify.FEWEST_BLOCKS * BLOCK
+        long_enough = load and max(tokens) >= sparsify.FEWEST_BLOCKS * sparsify.block_of(model.module)
         if attention == "dense" or (attention == "auto" and not (hoped >= choice.WORTH and long_enough)):
             return _decided(model, "dense", hoped, "if the budget is met", attention, budget)
         sparse = self._sparsified(model, plan.rule, budget)
@@ -68,9 +66,9 @@ class Workshop:
     def _sparsified(self, model: Model, rule: int, budget: float) -> Model:
         """One a rule; the scorers are trained once."""
         if self._scorers is None:
-            self._scorers = sparsify.train(model, self.rows.rows, block=BLOCK, progress=self.report)
+            self._scorers = sparsify.train(model, self.rows.rows, progress=self.report)
         if rule not in self._sparse:
-            step = sparsify.dsa(self.rows.rows, budget=budget, block=BLOCK, rule=rule, scorers=self._scorers)
+            step = sparsify.dsa(self.rows.rows, budget=budget, rule=rule, scorers=self._scorers)
             self._sparse[rule] = step(model)
         return self._sparse[rule]
 
