@@ -44,24 +44,29 @@ INLINE ivec exp2_byte(vec x) {
 #define ROUND_BITS 0x4b400000
 INLINE ivec quantised(vec x, vec scale) { return as_int(vfma(x, scale, vset(ROUND))); }
 
-/* A 4 x 4 transpose in 128-bit registers, which every vector unit has. */
+/* A 4 x 4 transpose in 128-bit registers, which every vector unit has; of floats or of whatever has their size. */
 typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
 
-INLINE void transpose4(const float *x, ptrdiff_t row, float scale, float *to) {
-    quad a = *(const quad *)x * scale, b = *(const quad *)(x + row) * scale, c = *(const quad *)(x + 2 * row) * scale,
-         d = *(const quad *)(x + 3 * row) * scale;
+INLINE void transpose4(quad a, quad b, quad c, quad d, quad to[4]) {
     quad ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
     quad ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7), cd2 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    *(quad *)(to) = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
-    *(quad *)(to + STRIP) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-    *(quad *)(to + 2 * STRIP) = __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5);
-    *(quad *)(to + 3 * STRIP) = __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7);
+    to[0] = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
+    to[1] = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    to[2] = __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5);
+    to[3] = __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7);
 }
+
+#define quad_at(p) (*(const quad *)(const void *)(p))
 
 static void load_q(const dsa_strip *t, const float *q, ptrdiff_t row, float scale) {
     int r = 0;
     for (; r + 4 <= t->rows; r += 4)
-        for (int d = 0; d < t->dim; d += 4) transpose4(q + r * row + d, row, scale, t->q + d * STRIP + r);
+        for (int d = 0; d < t->dim; d += 4) {
+            const float *x = q + r * row + d;
+            quad to[4];
+            transpose4(quad_at(x), quad_at(x + row), quad_at(x + 2 * row), quad_at(x + 3 * row), to);
+            EACH(i, 4) *(quad *)(t->q + (d + i) * STRIP + r) = to[i] * scale;
+        }
     for (; r < t->lanes; r++)
         for (int d = 0; d < t->dim; d++) t->q[d * STRIP + r] = r < t->rows ? q[r * row + d] * scale : 0;
 }
@@ -164,11 +169,17 @@ static void pv(const dsa_strip *t) {
     for (; d < t->dim; d += WIDTH) pv_rows(t, d, 1);
 }
 
+/* These two are the first to touch K, V and, selecting, Q: they ask for rows before they need them. */
+#define AHEAD 8
+#define ask_for(x, j) (j * WIDTH % 16 == 0 ? __builtin_prefetch((x) + j * WIDTH, 0, 2) : (void)0)
+
 INLINE void column_sums(const float *x, ptrdiff_t row, int rows, const int vectors, float *sum) {
     vec total[4];
     EACH(j, vectors) total[j] = vset(0.0f);
-    for (int r = 0; r < rows; r++)
+    for (int r = 0; r < rows; r++) {
+        EACH(j, vectors) ask_for(x + (r + AHEAD) * row, j);
         EACH(j, vectors) total[j] = vadd(total[j], vload(x + r * row + j * WIDTH));
+    }
     EACH(j, vectors) vstore(sum + j * WIDTH, total[j]);
 }
 
@@ -181,9 +192,10 @@ static void sums(const float *x, ptrdiff_t row, int rows, int dim, float *sum) {
 /* most[j] = largest |x - middle| of each column; four independent chains hide the latency of max. */
 INLINE void column_peaks(const float *x, ptrdiff_t row, int rows, const int vectors, const vec *middle, vec *most) {
     EACH(j, vectors) most[j] = vset(0.0f);
-    for (int r = 0; r < rows; r++)
-        EACH(j, vectors)
-            most[j] = vmax(most[j], vabs(vsub(vload(x + r * row + j * WIDTH), middle[j])));
+    for (int r = 0; r < rows; r++) {
+        EACH(j, vectors) ask_for(x + (r + AHEAD) * row, j);
+        EACH(j, vectors) most[j] = vmax(most[j], vabs(vsub(vload(x + r * row + j * WIDTH), middle[j])));
+    }
 }
 
 static void peaks(const float *x, ptrdiff_t row, int rows, int dim, float *peak) {
@@ -200,26 +212,87 @@ static void peaks(const float *x, ptrdiff_t row, int rows, int dim, float *peak)
     }
 }
 
-/* int8. One scale per query; in place, since word d/4 is written after its four floats were read. */
-static void load8(const dsa_strip *t, const float *q, ptrdiff_t row, float scale) {
-    load_q(t, q, row, 1.0f);
-    for (int at = 0; at < t->lanes; at += WIDTH) {
-        vec peak = vset(1e-30f);
-        ivec sum = iset((int32_t)((uint32_t)-t->dim * ROUND_BITS));
-        for (int d = 0; d < t->dim; d++) peak = vmax(peak, vabs(vload(t->q + d * STRIP + at)));
-        vstore(t->q_scale + at, vmul(peak, vset(scale / 127)));
-        vec inverse = vdiv(vset(127.0f), peak);
-        for (int d = 0; d < t->dim; d += 4) {
-            ivec packed = iset(0);
-            for (int x = 4; x-- > 0;) {
-                ivec a = quantised(vload(t->q + (d + x) * STRIP + at), inverse);
-                sum = iadd(sum, a);
-                packed = ipush(packed, a);
-            }
-            istore(t->q8 + d / 4 * STRIP + at, packed);
+/* The tile of a product whose terms are added unfused; `rows` of mean by one or two vectors of w. */
+INLINE void project_tile(const float *mean, const float *w, int dim, int rank, const int rows, const int vectors,
+                         float *out, ptrdiff_t stride) {
+    vec sum[4][2];
+    float row[STRIP];
+    EACH(i, rows)
+        EACH(j, vectors) sum[i][j] = vset(0.0f);
+    for (int d = 0; d < dim; d++)
+        EACH(j, vectors) {
+            vec b = vload(w + d * rank + j * WIDTH);
+            EACH(i, rows) sum[i][j] = vadd(sum[i][j], vmul(vset(mean[i * dim + d]), b));
         }
-        istore(t->q_sum + at, sum);
+    EACH(i, rows) {
+        EACH(j, vectors) vstore(row + j * WIDTH, sum[i][j]);
+        for (int x = 0; x < vectors * WIDTH; x++) out[x * stride + i] = row[x];
     }
+}
+
+INLINE void project_rows(const float *mean, int rows, const float *w, int dim, int rank, const int vectors, float *out,
+                         ptrdiff_t stride) {
+    int i = 0;
+    for (; i + 4 <= rows; i += 4) project_tile(mean + i * dim, w, dim, rank, 4, vectors, out + i, stride);
+    for (; i < rows; i++) project_tile(mean + i * dim, w, dim, rank, 1, vectors, out + i, stride);
+}
+
+static void project(const float *mean, int rows, const float *w, int dim, int rank, float *out, ptrdiff_t stride) {
+    int x = 0;
+    for (; x + STRIP <= rank; x += STRIP) project_rows(mean, rows, w + x, dim, rank, 2, out + x * stride, stride);
+    for (; x + WIDTH <= rank; x += WIDTH) project_rows(mean, rows, w + x, dim, rank, 1, out + x * stride, stride);
+    project_columns(mean, rows, w, dim, rank, x, out, stride);
+}
+
+/* Of numbers that are not negative, which are ordered as their bits are. */
+INLINE quad quad_max(quad a, quad b) {
+    typedef int32_t words __attribute__((vector_size(16)));
+    return (quad)__builtin_elementwise_max((words)a, (words)b);
+}
+
+/* int8. The largest |x| of each of four rows, of which the last may be missing. */
+INLINE quad row_peaks(const float *q, ptrdiff_t row, int rows, int dim) {
+    float lane[4][WIDTH];
+    quad most[4];
+    EACH(i, 4) {
+        vec peak = vset(1e-30f);
+        for (int d = 0; d < dim && i < rows; d += WIDTH) peak = vmax(peak, vabs(vload(q + i * row + d)));
+        vstore(lane[i], peak);
+        most[i] = quad_at(lane[i]);
+        for (int x = 4; x < WIDTH; x += 4) most[i] = quad_max(most[i], quad_at(lane[i] + x));
+    }
+    transpose4(most[0], most[1], most[2], most[3], most);
+    return quad_max(quad_max(most[0], most[1]), quad_max(most[2], most[3]));
+}
+
+INLINE void quantise_row(const float *x, int dim, float peak, int8_t *to) {
+    const vec inverse = vset(127 / peak);
+    for (int d = 0; d < dim; d += WIDTH) store_bytes(to + d, quantised(vload(x + d), inverse));
+}
+
+/* Four rows of bytes to columns of words. */
+INLINE void transpose_words(const int8_t *x, int dim, int32_t *to) {
+    for (int d = 0; d < dim; d += 16, x += 16, to += 4 * STRIP) {
+        quad word[4];
+        transpose4(quad_at(x), quad_at(x + dim), quad_at(x + 2 * dim), quad_at(x + 3 * dim), word);
+        EACH(i, 4) *(quad *)(void *)(to + i * STRIP) = word[i];
+    }
+}
+
+/* One scale per query. Rows become bytes before they are transposed: a quarter of the work. */
+static void load8(const dsa_strip *t, const float *q, ptrdiff_t row, float scale) {
+    const int dim = t->dim;
+    int8_t bytes[4 * 256] = {0};
+    for (int r = 0; r < t->lanes; r += 4) {
+        quad peak = row_peaks(q + r * row, row, t->rows - r, dim);
+        *(quad *)(t->q_scale + r) = peak * (scale / 127);
+        EACH(i, 4) quantise_row(q + (r + i) * row, r + i < t->rows ? dim : 0, peak[i], bytes + i * dim);
+        transpose_words(bytes, dim, t->q8 + r);
+    }
+    ivec sum[2] = {iset(0), iset(0)};
+    for (int d = 0; d < dim / 4; d++)
+        EACH(j, 2) sum[j] = dot4(sum[j], iset(0x01010101), iload(t->q8 + d * STRIP + j * WIDTH));
+    EACH(j, 2) istore(t->q_sum + j * WIDTH, sum[j]);
 }
 
 /* The largest |k - mean| of a block. */
@@ -385,4 +458,4 @@ static void pv8(const dsa_strip *t) {
 
 #define KERNEL_SET(set)                                                                                         \
     const dsa_kernel_set dsa_kernels_##set = {#set,  WIDTH,    load_q, qk,      softmax, pv,     store_rows, \
-                                              load8, qk8, softmax8, pv8, shift, sums, peaks, pack_k, pack_v}
+                                              load8, qk8, softmax8, pv8, shift, sums, peaks, project, pack_k, pack_v}

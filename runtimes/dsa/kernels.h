@@ -45,6 +45,8 @@ typedef struct {
     /* Per column of x[rows][dim], in row order: the sum, and the largest |x| */
     void (*sums)(const float *x, ptrdiff_t row, int rows, int dim, float *sum);
     void (*peaks)(const float *x, ptrdiff_t row, int rows, int dim, float *peak);
+    /* out[x * stride + i] = sum over d of mean[i][d] * w[d][x], in order and unfused: the same bits on every CPU */
+    void (*project)(const float *mean, int rows, const float *w, int dim, int rank, float *out, ptrdiff_t stride);
     /* One key block: k8 = (k - mean) / *k_scale; v8 = v / scale, v_sum its sum over the keys */
     void (*pack_k)(const float *k, ptrdiff_t row, int keys, int dim, const float *mean, int8_t *k8, float *k_scale);
     void (*pack_v)(const float *v, ptrdiff_t row, int keys, int dim, const float *scale, int8_t *v8, int32_t *v_sum);
