@@ -9,7 +9,7 @@
 #define LOG2_E 1.44269504088896f
 #define MOST 3e38f
 #define NONE (-__builtin_inff())
-#define MAX_STRIP 32  /* queries: two vectors of AVX-512 */
+#define MAX_STRIP 64  /* queries: four vectors of AVX-512 */
 #define MAX_STRIPS 16 /* of a query block: 128 rows by two vectors of NEON */
 #define MAX_BLOCK 128 /* keys */
 
@@ -551,7 +551,7 @@ static void weigh(const call *a, dsa_strip *t, int32_t h, int32_t keys, int32_t 
     if (!t->keys) return;
     (i8 ? a->set->qk8 : a->set->qk)(t);
     if (c->position_bias) shift_by_position(a, t, h, first_key, first_query);
-    if (c->causal && first_key + t->keys - 1 > first_query) hide_future(t, 2 * a->set->width, first_key, first_query);
+    if (c->causal && first_key + t->keys - 1 > first_query) hide_future(t, a->set->strip, first_key, first_query);
     (i8 ? a->set->softmax8 : a->set->softmax)(t);
 }
 
@@ -559,7 +559,7 @@ static void weigh(const call *a, dsa_strip *t, int32_t h, int32_t keys, int32_t 
 static dsa_strip strip_at(const call *a, const attend_scratch *s, int32_t from, int32_t rows) {
     int32_t width = a->set->width, dim = a->c->dim;
     dsa_strip t = {0};
-    t.rows = least(rows - from, 2 * width);
+    t.rows = least(rows - from, a->set->strip);
     t.lanes = (t.rows + width - 1) / width * width;
     t.dim = dim;
     t.k_row = a->k.row;
@@ -594,7 +594,7 @@ static void zero_rows(float *out, ptrdiff_t row, int32_t from, int32_t to, int32
 static void attend_rows(const call *a, const attend_scratch *s, int32_t b, int32_t h, int32_t first, int32_t rows,
                         const float *q, const int32_t *idx, int32_t kept, float *out) {
     const dsa_config *c = a->c;
-    int32_t strip = 2 * a->set->width, n = 0, g = h / (c->q_heads / c->kv_heads);
+    int32_t strip = a->set->strip, n = 0, g = h / (c->q_heads / c->kv_heads);
     const float *channel = c->compute == DSA_I8 ? a->m.v_scale + (size_t)(b * c->kv_heads + g) * (size_t)c->dim : NULL;
     void (*pv)(const dsa_strip *) = c->compute == DSA_I8 ? a->set->pv8 : a->set->pv;
     dsa_strip strips[MAX_STRIPS];

@@ -170,5 +170,5 @@ static void pv8(const dsa_strip *t) {
         }
 }
 
-const dsa_kernel_set dsa_kernels_scalar = {"scalar", WIDTH, load_q, qk,    softmax, pv,    store_rows, load8,
+const dsa_kernel_set dsa_kernels_scalar = {"scalar", WIDTH, STRIP, load_q, qk,    softmax, pv,    store_rows, load8,
                                            qk8,      softmax8, pv8, shift, sums,    peaks, project,    pack_k, pack_v};

@@ -1,5 +1,6 @@
 /* The vector loops, written once over the names the including file defines:
- *   vec, WIDTH, ROWS (of a register tile; the tile is ROWS x 2 vectors), vload, vstore, vset (broadcast),
+ *   vec, WIDTH, VECTORS and ROWS(vectors): register tiles are VECTORS vectors wide, 2 or 1 where there are no more, and
+ *   as high as ROWS says; vload, vstore, vset (broadcast),
  *   vadd, vsub, vmul, vmax (of two, NaN in the second wins), vfma(a, b, sum), vexponent (low bits << 23 as a float),
  *   lanes, lanes_at, lane (four consecutive floats, and one of them in every lane),
  *   vabs, vdiv, ivec, iload, istore, iset, iadd, imul, ixor, ipush(a, b) = a << 8 | (b & 255), to_float,
@@ -7,9 +8,26 @@
  *   dot4(sum, a, b) and dot4_lane(sum, a, i, b) with word i of a in every lane: four products of bytes per word,
  *   K_SHIFT and P_SHIFT: what is added to the bytes of K, subtracted from those of P, because the dot product wants
  *   one unsigned operand, the first (VNNI), or two signed ones (sdot). */
-#define STRIP (2 * WIDTH)
+#define STRIP (VECTORS * WIDTH)
 #define INLINE static inline __attribute__((always_inline))
 #define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++) /* unrolled: tiles must stay in registers */
+/* f(.., at, vectors) for n lanes or columns, in as many vectors at a time as there are. */
+#define IN_VECTORS(n, f, ...)                                                                               \
+    do {                                                                                                    \
+        int at = 0;                                                                                         \
+        for (; at + STRIP <= (n); at += STRIP) f(__VA_ARGS__, at, VECTORS);                                 \
+        for (; at + 2 * WIDTH <= (n); at += 2 * WIDTH) f(__VA_ARGS__, at, 2);                               \
+        for (; at < (n); at += WIDTH) f(__VA_ARGS__, at, 1);                                                \
+    } while (0)
+/* f(.., first, rows) for n rows, in tiles of so many. */
+#define IN_TILES(n, vectors, f, ...)                                                                        \
+    do {                                                                                                    \
+        int first = 0;                                                                                      \
+        for (; first + ROWS(vectors) <= (n); first += ROWS(vectors)) f(__VA_ARGS__, first, ROWS(vectors));  \
+        for (; first + 4 <= (n); first += 4) f(__VA_ARGS__, first, 4);                                      \
+        for (; first < (n); first++) f(__VA_ARGS__, first, 1);                                              \
+    } while (0)
+#define MOST_ROWS 8
 #include "kernel_plain.h"
 
 /* 2^x for x <= 0; below -126 it stays at 2^-126. Maximal relative error 1.7e-7 (5 terms) and 1e-4 (3 terms), from a
@@ -71,44 +89,37 @@ static void load_q(const dsa_strip *t, const float *q, ptrdiff_t row, float scal
         for (int d = 0; d < t->dim; d++) t->q[d * STRIP + r] = r < t->rows ? q[r * row + d] * scale : 0;
 }
 
-/* s[first + i][..] for `rows` keys and one or two vectors of queries; high is raised while the tile is in registers. */
-INLINE void qk_tile(const dsa_strip *t, int first, const int rows, const int vectors, vec *high) {
-    vec sum[ROWS][2];
+/* s[first + i][at + ..] for `rows` keys; high is raised while the tile is in registers. */
+INLINE void qk_tile(const dsa_strip *t, int at, const int vectors, vec *high, int first, const int rows) {
+    vec sum[MOST_ROWS][VECTORS];
     const float *k = t->k + first * t->k_row;
     EACH(i, rows)
         EACH(j, vectors) sum[i][j] = vset(0.0f);
     for (int d = 0; d < t->dim; d += 4) {
-        lanes a[ROWS];
+        lanes a[MOST_ROWS];
         EACH(i, rows) a[i] = lanes_at(k + i * t->k_row + d);
         EACH(x, 4) {
-            vec b[2];
-            EACH(j, vectors) b[j] = vload(t->q + (d + x) * STRIP + j * WIDTH);
+            vec b[VECTORS];
+            EACH(j, vectors) b[j] = vload(t->q + (d + x) * STRIP + at + j * WIDTH);
             EACH(i, rows)
                 EACH(j, vectors) sum[i][j] = vfma(lane(a[i], x), b[j], sum[i][j]);
         }
     }
     EACH(i, rows)
         EACH(j, vectors) {
-            vstore(t->s + (first + i) * STRIP + j * WIDTH, sum[i][j]);
+            vstore(t->s + (first + i) * STRIP + at + j * WIDTH, sum[i][j]);
             high[j] = vmax(sum[i][j], high[j]);
         }
 }
 
-INLINE void qk_keys(const dsa_strip *t, const int vectors) {
-    vec high[2] = {vset(-1e30f), vset(-1e30f)};
-    int i = 0;
-    for (; i + ROWS <= t->keys; i += ROWS) qk_tile(t, i, ROWS, vectors, high);
-    for (; ROWS > 4 && i + 4 <= t->keys; i += 4) qk_tile(t, i, 4, vectors, high);
-    for (; i < t->keys; i++) qk_tile(t, i, 1, vectors, high);
-    EACH(j, vectors) vstore(t->high + j * WIDTH, high[j]);
+INLINE void qk_lanes(const dsa_strip *t, int at, const int vectors) {
+    vec high[VECTORS];
+    EACH(j, vectors) high[j] = vset(-1e30f);
+    IN_TILES(t->keys, vectors, qk_tile, t, at, vectors, high);
+    EACH(j, vectors) vstore(t->high + at + j * WIDTH, high[j]);
 }
 
-static void qk(const dsa_strip *t) {
-    if (t->lanes > WIDTH)
-        qk_keys(t, 2);
-    else
-        qk_keys(t, 1);
-}
+static void qk(const dsa_strip *t) { IN_VECTORS(t->lanes, qk_lanes, t); }
 
 static void shift(const dsa_strip *t, const float *by) {
     for (int at = 0; at < t->lanes; at += WIDTH) {
@@ -137,16 +148,16 @@ static void softmax(const dsa_strip *t) {
     }
 }
 
-INLINE void pv_tile(const dsa_strip *t, int row, int column, const int rows, const int vectors) {
-    vec sum[ROWS][2];
-    float *o = t->o + row * t->dim + column;
-    const float *p = t->s + row, *v = t->v + column;
+INLINE void pv_tile(const dsa_strip *t, int column, const int vectors, int first, const int rows) {
+    vec sum[MOST_ROWS][VECTORS];
+    float *o = t->o + first * t->dim + column;
+    const float *p = t->s + first, *v = t->v + column;
     EACH(i, rows)
         EACH(j, vectors)
-            sum[i][j] = vmul(vload(o + i * t->dim + j * WIDTH), vset(t->alpha[row + i]));
+            sum[i][j] = vmul(vload(o + i * t->dim + j * WIDTH), vset(t->alpha[first + i]));
     for (int key = 0; key < t->keys; key++) {
-        vec b[2];
-        lanes a[(ROWS + 3) / 4];
+        vec b[VECTORS];
+        lanes a[(MOST_ROWS + 3) / 4];
         EACH(j, vectors) b[j] = vload(v + key * t->v_row + j * WIDTH);
         EACH(i, (rows + 3) / 4) a[i] = lanes_at(p + key * STRIP + 4 * i);
         EACH(i, rows)
@@ -156,18 +167,11 @@ INLINE void pv_tile(const dsa_strip *t, int row, int column, const int rows, con
         EACH(j, vectors) vstore(o + i * t->dim + j * WIDTH, sum[i][j]);
 }
 
-INLINE void pv_rows(const dsa_strip *t, int column, const int vectors) {
-    int r = 0;
-    for (; r + ROWS <= t->rows; r += ROWS) pv_tile(t, r, column, ROWS, vectors);
-    for (; ROWS > 4 && r + 4 <= t->rows; r += 4) pv_tile(t, r, column, 4, vectors);
-    for (; r < t->rows; r++) pv_tile(t, r, column, 1, vectors);
+INLINE void pv_columns(const dsa_strip *t, int column, const int vectors) {
+    IN_TILES(t->rows, vectors, pv_tile, t, column, vectors);
 }
 
-static void pv(const dsa_strip *t) {
-    int d = 0;
-    for (; d + STRIP <= t->dim; d += STRIP) pv_rows(t, d, 2);
-    for (; d < t->dim; d += WIDTH) pv_rows(t, d, 1);
-}
+static void pv(const dsa_strip *t) { IN_VECTORS(t->dim, pv_columns, t); }
 
 /* These two are the first to touch K, V and, selecting, Q: they ask for rows before they need them. */
 #define AHEAD 8
@@ -216,7 +220,7 @@ static void peaks(const float *x, ptrdiff_t row, int rows, int dim, float *peak)
 INLINE void project_tile(const float *mean, const float *w, int dim, int rank, const int rows, const int vectors,
                          float *out, ptrdiff_t stride) {
     vec sum[4][2];
-    float row[STRIP];
+    float row[2 * WIDTH];
     EACH(i, rows)
         EACH(j, vectors) sum[i][j] = vset(0.0f);
     for (int d = 0; d < dim; d++)
@@ -239,7 +243,7 @@ INLINE void project_rows(const float *mean, int rows, const float *w, int dim, i
 
 static void project(const float *mean, int rows, const float *w, int dim, int rank, float *out, ptrdiff_t stride) {
     int x = 0;
-    for (; x + STRIP <= rank; x += STRIP) project_rows(mean, rows, w + x, dim, rank, 2, out + x * stride, stride);
+    for (; x + 2 * WIDTH <= rank; x += 2 * WIDTH) project_rows(mean, rows, w + x, dim, rank, 2, out + x * stride, stride);
     for (; x + WIDTH <= rank; x += WIDTH) project_rows(mean, rows, w + x, dim, rank, 1, out + x * stride, stride);
     project_columns(mean, rows, w, dim, rank, x, out, stride);
 }
@@ -279,6 +283,14 @@ INLINE void transpose_words(const int8_t *x, int dim, int32_t *to) {
     }
 }
 
+INLINE void q_sums(const dsa_strip *t, int at, const int vectors) {
+    ivec sum[VECTORS];
+    EACH(j, vectors) sum[j] = iset(0);
+    for (int d = 0; d < t->dim / 4; d++)
+        EACH(j, vectors) sum[j] = dot4(sum[j], iset(0x01010101), iload(t->q8 + d * STRIP + at + j * WIDTH));
+    EACH(j, vectors) istore(t->q_sum + at + j * WIDTH, sum[j]);
+}
+
 /* One scale per query. Rows become bytes before they are transposed: a quarter of the work. */
 static void load8(const dsa_strip *t, const float *q, ptrdiff_t row, float scale) {
     const int dim = t->dim;
@@ -289,10 +301,7 @@ static void load8(const dsa_strip *t, const float *q, ptrdiff_t row, float scale
         EACH(i, 4) quantise_row(q + (r + i) * row, r + i < t->rows ? dim : 0, peak[i], bytes + i * dim);
         transpose_words(bytes, dim, t->q8 + r);
     }
-    ivec sum[2] = {iset(0), iset(0)};
-    for (int d = 0; d < dim / 4; d++)
-        EACH(j, 2) sum[j] = dot4(sum[j], iset(0x01010101), iload(t->q8 + d * STRIP + j * WIDTH));
-    EACH(j, 2) istore(t->q_sum + j * WIDTH, sum[j]);
+    IN_VECTORS(t->lanes, q_sums, t);
 }
 
 /* The largest |k - mean| of a block. */
@@ -346,46 +355,41 @@ static void pack_v(const float *v, ptrdiff_t row, int keys, int dim, const float
 }
 
 /* The same tiles as above over words of four bytes. */
-INLINE void qk8_tile(const dsa_strip *t, int first, const int rows, const int vectors, vec *high) {
-    ivec sum[ROWS][2];
+INLINE void qk8_tile(const dsa_strip *t, int at, const int vectors, vec *high, int first, const int rows) {
+    ivec sum[MOST_ROWS][VECTORS];
     const int8_t *k = t->k8 + first * t->dim;
-    EACH(i, rows)
-        EACH(j, vectors) sum[i][j] = K_SHIFT ? imul(iload(t->q_sum + j * WIDTH), iset(-K_SHIFT)) : iset(0);
+    EACH(j, vectors) {
+        ivec start = K_SHIFT ? imul(iload(t->q_sum + at + j * WIDTH), iset(-K_SHIFT)) : iset(0);
+        EACH(i, rows) sum[i][j] = start;
+    }
     for (int d = 0; d < t->dim; d += 16) {
-        ilanes a[ROWS];
+        ilanes a[MOST_ROWS];
         EACH(i, rows) a[i] = ilanes_at(k + i * t->dim + d);
         EACH(x, 4) {
-            ivec b[2];
-            EACH(j, vectors) b[j] = iload(t->q8 + (d / 4 + x) * STRIP + j * WIDTH);
+            ivec b[VECTORS];
+            EACH(j, vectors) b[j] = iload(t->q8 + (d / 4 + x) * STRIP + at + j * WIDTH);
             EACH(i, rows)
                 EACH(j, vectors) sum[i][j] = dot4_lane(sum[i][j], a[i], x, b[j]);
         }
     }
     EACH(j, vectors) {
-        vec scale = vmul(vload(t->q_scale + j * WIDTH), vset(t->k_scale));
+        vec scale = vmul(vload(t->q_scale + at + j * WIDTH), vset(t->k_scale));
         EACH(i, rows) {
             vec s = vmul(to_float(sum[i][j]), scale);
-            vstore(t->s + (first + i) * STRIP + j * WIDTH, s);
+            vstore(t->s + (first + i) * STRIP + at + j * WIDTH, s);
             high[j] = vmax(s, high[j]);
         }
     }
 }
 
-INLINE void qk8_keys(const dsa_strip *t, const int vectors) {
-    vec high[2] = {vset(-1e30f), vset(-1e30f)};
-    int i = 0;
-    for (; i + ROWS <= t->keys; i += ROWS) qk8_tile(t, i, ROWS, vectors, high);
-    for (; ROWS > 4 && i + 4 <= t->keys; i += 4) qk8_tile(t, i, 4, vectors, high);
-    for (; i < t->keys; i++) qk8_tile(t, i, 1, vectors, high);
-    EACH(j, vectors) vstore(t->high + j * WIDTH, high[j]);
+INLINE void qk8_lanes(const dsa_strip *t, int at, const int vectors) {
+    vec high[VECTORS];
+    EACH(j, vectors) high[j] = vset(-1e30f);
+    IN_TILES(t->keys, vectors, qk8_tile, t, at, vectors, high);
+    EACH(j, vectors) vstore(t->high + at + j * WIDTH, high[j]);
 }
 
-static void qk8(const dsa_strip *t) {
-    if (t->lanes > WIDTH)
-        qk8_keys(t, 2);
-    else
-        qk8_keys(t, 1);
-}
+static void qk8(const dsa_strip *t) { IN_VECTORS(t->lanes, qk8_lanes, t); }
 
 /* The next `keys` (at most 4) probabilities of a vector of queries as bytes; missing ones are 0. */
 INLINE ivec p_words(const float *s, const int keys, vec from) {
@@ -421,41 +425,34 @@ static void softmax8(const dsa_strip *t) {
     }
 }
 
-INLINE void pv8_tile(const dsa_strip *t, int row, int column, const int rows, const int vectors) {
-    ivec sum[ROWS][2];
+INLINE void pv8_tile(const dsa_strip *t, int column, const int vectors, int first, const int rows) {
+    ivec sum[MOST_ROWS][VECTORS];
     EACH(j, vectors) {
         ivec start = P_SHIFT ? imul(iload(t->v_sum + column + j * WIDTH), iset(P_SHIFT)) : iset(0);
         EACH(i, rows) sum[i][j] = start;
     }
     for (int group = 0; group < (t->keys + 3) / 4; group++) {
-        ivec b[2];
-        ilanes a[(ROWS + 3) / 4];
+        ivec b[VECTORS];
+        ilanes a[(MOST_ROWS + 3) / 4];
         EACH(j, vectors) b[j] = iload(t->v8 + (group * t->dim + column + j * WIDTH) * 4);
-        EACH(i, (rows + 3) / 4) a[i] = ilanes_at(t->p8 + group * STRIP + row + 4 * i);
+        EACH(i, (rows + 3) / 4) a[i] = ilanes_at(t->p8 + group * STRIP + first + 4 * i);
         EACH(i, rows)
             EACH(j, vectors) sum[i][j] = dot4_lane(sum[i][j], a[i / 4], i % 4, b[j]);
     }
     EACH(i, rows)
         EACH(j, vectors) {
-            float *o = t->o + (row + i) * t->dim + column + j * WIDTH;
-            vec fresh = vmul(to_float(sum[i][j]), vset(t->beta[row + i]));
-            vstore(o, vfma(vload(o), vset(t->alpha[row + i]), fresh));
+            float *o = t->o + (first + i) * t->dim + column + j * WIDTH;
+            vec fresh = vmul(to_float(sum[i][j]), vset(t->beta[first + i]));
+            vstore(o, vfma(vload(o), vset(t->alpha[first + i]), fresh));
         }
 }
 
-INLINE void pv8_rows(const dsa_strip *t, int column, const int vectors) {
-    int r = 0;
-    for (; r + ROWS <= t->rows; r += ROWS) pv8_tile(t, r, column, ROWS, vectors);
-    for (; ROWS > 4 && r + 4 <= t->rows; r += 4) pv8_tile(t, r, column, 4, vectors);
-    for (; r < t->rows; r++) pv8_tile(t, r, column, 1, vectors);
+INLINE void pv8_columns(const dsa_strip *t, int column, const int vectors) {
+    IN_TILES(t->rows, vectors, pv8_tile, t, column, vectors);
 }
 
-static void pv8(const dsa_strip *t) {
-    int d = 0;
-    for (; d + STRIP <= t->dim; d += STRIP) pv8_rows(t, d, 2);
-    for (; d < t->dim; d += WIDTH) pv8_rows(t, d, 1);
-}
+static void pv8(const dsa_strip *t) { IN_VECTORS(t->dim, pv8_columns, t); }
 
 #define KERNEL_SET(set)                                                                                         \
-    const dsa_kernel_set dsa_kernels_##set = {#set,  WIDTH,    load_q, qk,      softmax, pv,     store_rows, \
+    const dsa_kernel_set dsa_kernels_##set = {#set,  WIDTH, STRIP,    load_q, qk,      softmax, pv,     store_rows, \
                                               load8, qk8, softmax8, pv8, shift, sums, peaks, project, pack_k, pack_v}

@@ -6,7 +6,8 @@ it needs an idle machine, and says the load.
 
 Sparse rows are `fused` (scoring and attention), one theta for all heads, bisected to the kept fraction. "Of peak" is
 the share of register-only multiply-adds; two libraries' matrix product of 1024^3, which has no softmax in it, stands
-next to it. The break-even is the kept fraction at which sparse takes as long as our own dense attention.
+next to it. The break-even is the kept fraction at which sparse takes as long as our own dense attention. "score" is
+selection alone, which reads all of Q and K; in one call with attention they are read anyway, so scoring adds less.
 """
 
 import argparse
@@ -307,13 +308,18 @@ def _goals(e: Entry, n: int, dim: int, best: str) -> tuple[float | None, float |
 def _break_evens(
     n: int, dim: int, sets: list[str], todo: list[Entry], times: Times, console: Console
 ) -> list[dict[str, Any]]:
-    half, found = next(e.kept for e in todo if e.name == "f32 0.5"), []
+    half, found, ort = next(e.kept for e in todo if e.name == "f32 0.5"), [], times[None, "ort"]
     for kernels in sets:
         for precision in ("f32", "i8"):
             kept = break_even(times, kernels, precision, half)
+            all_kept, dense = (ratio(times[kernels, f"{precision} {x}"], ort) for x in (SCORED, "dense"))
             goal = BREAK_EVEN if n >= 512 and kernels == sets[0] else None
-            console.print(f"  {kernels} {precision}: sparse breaks even at {kept:.3f} kept {verdict(kept, goal)}")
-            found.append({"n": n, "dim": dim, "kernels": kernels, "what": f"{precision} break-even", "kept": kept})
+            console.print(
+                f"  {kernels} {precision}: sparse breaks even at {kept:.3f} kept {verdict(kept, goal)}; "
+                f"scoring adds {all_kept - dense:.1%} of ORT to dense"
+            )
+            line = {"n": n, "dim": dim, "kernels": kernels, "what": f"{precision} break-even", "kept": kept}
+            found.append(line | {"scoring_of_ort": all_kept - dense})
     return found
 
 
