@@ -251,7 +251,8 @@ static void project(const float *mean, int rows, const float *w, int dim, int ra
 /* Of numbers that are not negative, which are ordered as their bits are. */
 INLINE quad quad_max(quad a, quad b) {
     typedef int32_t words __attribute__((vector_size(16)));
-    return (quad)__builtin_elementwise_max((words)a, (words)b);
+    const words x = (words)a, y = (words)b, first = x > y;
+    return (quad)((x & first) | (y & ~first));
 }
 
 /* int8. The largest |x| of each of four rows, of which the last may be missing. */
