@@ -5,7 +5,6 @@ number of targets that take it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,10 +21,9 @@ from .model import Model
 from .passes import sparsify
 from .plan import PRECISIONS, Export, Plan
 from .program import Program
+from .stages import Progress
 
 BLOCK = 64  # tokens a side of a sparse block: the fastest on CPUs
-
-Progress = Callable[[str, int, int], None]  # what, done, total
 
 
 @dataclass(frozen=True)

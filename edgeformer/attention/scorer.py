@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import BadInput
+from ..stages import Progress, quiet
 from ..train import read, write
 from . import dsa, swap
 from .op import Parameters
 from .reference import THRESHOLD, TOP_K, TOP_P, Config, blocks
 
 Tensor = torch.Tensor
-Progress = Callable[[str, int, int], None]  # what, done, total
 RowInputs = Mapping[str, Any] | Sequence[Any]  # of one forward, with a batch axis of 1
 
 BUFFER_BYTES = 16 << 20  # of the attention logits at a time
@@ -70,10 +70,6 @@ class Calibration(NamedTuple):
     kept: float  # fraction of the candidates, over all layers and heads
     kept_by_layer: tuple[float, ...]
     recall: float  # share of the dense attention's mass that is kept
-
-
-def quiet(_what: str, _done: int, _total: int) -> None:
-    """No progress shown."""
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
