@@ -23,10 +23,11 @@ from tools.bench import frontier, peers, shelf, techniques, turns  # noqa: E402
 
 sys.path[:] = here  # the tools put the repository first, for when they are run as files
 
-from edgeformer import data, evaluate  # noqa: E402
+from edgeformer import budget, data, evaluate  # noqa: E402
 from edgeformer.errors import BadInput  # noqa: E402
 from edgeformer.passes import depth, distil, student  # noqa: E402
 from edgeformer.program import Program  # noqa: E402
+from edgeformer.stages import quiet  # noqa: E402
 from edgeformer.train import Recipe  # noqa: E402
 from edgeformer_agent import wire  # noqa: E402
 
@@ -143,6 +144,10 @@ def test_pairs_are_learned_from_and_not_augmented(tmp_path: Path) -> None:
     (tmp_path / "p.tsv").write_text("w3 w4\tw5\t2.5\nw6\tw7 w8\t1\n")
     pairs = data.pairs(tmp_path / "p.tsv", "stsb")
     assert pairs == (("w3 w4", "w5"), ("w6", "w7 w8"))
+    compares = classifier(num_labels=1)
+    assert budget.kitchen(compares, None, tmp_path / "p.tsv", "stsb", tmp_path, quiet).texts == pairs
+    words = [len(student.vocabulary(x)(compares).tokenizer.get_vocab()) for x in ([], pairs)]
+    assert words[1] == words[0] + len("345678"), "the words of both texts are kept"
     model = classifier(num_labels=2)
     rows = distil._encode(model, pairs, 32)
     types = [x.name for x in model.inputs].index("token_type_ids")

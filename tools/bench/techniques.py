@@ -270,9 +270,9 @@ def techniques() -> Iterator[Technique]:
     yield Technique("structured pruning", structured, formats=both, note="60 % of heads and columns, no training")
     yield Technique("unstructured pruning", zeros, note="half of the weights are 0; no runtime here skips them")
     yield Technique("dynamic pruning", tokens, note="60 % of the tokens go on after the second layer")
-    yield Technique("quantization, after training", unmodified, precision="int8", formats=both)
+    yield Technique("quantization, PTQ", unmodified, precision="int8", formats=both, note="after training")
     yield Technique("quantization, int4", unmodified, precision="int4", formats=both, note="groups of weights")
-    yield Technique("quantization-aware training", rounded, precision="int4", note="int4, trained with its rounding")
+    yield Technique("quantization, QAT", rounded, precision="int4", note="int4, trained with its rounding")
     yield Technique("quantization, mixed", mixed_layers, precision="int4", note="int4, sensitive layers int8")
     response, features = distil.Losses(response=1.0), distil.Losses(response=1.0, feature=1.0)
     yield Technique("distillation, response", distilled(response), note="half of the layers")
@@ -282,12 +282,12 @@ def techniques() -> Iterator[Technique]:
     yield Technique("attention, linear", attention(Linear, learn=True), note="elu + 1, distilled")
     yield Technique("attention, local", attention(lambda: Masked(8), learn=False), note="8 tokens each way, frozen")
     fixed = attention(lambda: Masked(4, 8), learn=False)
-    yield Technique("attention, fixed sparse", fixed, note="4 tokens each way, every 8th column, frozen")
+    yield Technique("attention, fixed", fixed, note="4 tokens each way, every 8th column, frozen")
     yield Technique(
         "attention, DSA", sparse, claim=Claim(speedup=1.9), note="tools/bench/long_documents.py has long rows"
     )
-    yield Technique("adaptive depth, early exit", early_exit, note="rows that are sure after the third layer")
-    yield Technique("adaptive depth, fewer layers", fewer_layers, formats=both, note="4 of 6, no training")
+    yield Technique("depth, early exit", early_exit, note="rows that are sure after the third layer")
+    yield Technique("depth, fewer layers", fewer_layers, formats=both, note="4 of 6, no training")
     for name in recipe.names():
         if not recipe.ranges(found := recipe.load(name)):
             claim = Claim(3.8, 91) if name == COMBINED else Claim()
@@ -520,7 +520,7 @@ def main() -> int:
         print(f"not there: {', '.join(missing)}", file=sys.stderr)
         return 3
     torch.set_num_threads(1)
-    code, lines = shelf.sources(), list[Line]()
+    code, lines = shelf.sources() + hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), list[Line]()
     about = turns.machine() | {"minutes": arguments.minutes, "timed_rows": arguments.rows}
     for task in tasks:
         model = models.load(arguments.models / TASKS[task], lengths=LENGTHS)
