@@ -27,7 +27,8 @@ from .model import Model
 from .passes import sparsify
 from .plan import Export, exports
 from .program import Program
-from .workshop import Progress, described
+from .stages import Progress, quiet
+from .workshop import described
 
 __all__ = ["Cell", "Matrix", "parity"]
 
@@ -127,7 +128,7 @@ def parity(
     layers: also compare the hidden states after each layer, at the price of a second export (of one static length).
     Raises BadInput, UnknownFormat, MissingExtra.
     """
-    report = progress or (lambda _what, _done, _total: None)
+    report = progress or quiet
     wanted_exports = exports(tuple(formats) if formats else registry.names(), precision)
     if not isinstance(model, Model):
         model = models.load(model, example=example, lengths=tuple(lengths) if lengths else None)

@@ -30,6 +30,7 @@ class Precision(NamedTuple):
     golden: float
 
 
+ATTENTION = ("auto", "dense", "dsa")  # what may be asked for
 PRECISIONS = {  # what a format's own `PRECISIONS` may name
     "int8": Precision(
         "int8 weights and embeddings per output channel, activations quantized per call or kept in float", 1, 0.98

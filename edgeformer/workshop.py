@@ -5,7 +5,6 @@ number of targets that take it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,8 +20,7 @@ from .model import Model
 from .passes import sparsify
 from .plan import PRECISIONS, Export, Plan
 from .program import Program
-
-Progress = Callable[[str, int, int], None]  # what, done, total
+from .stages import Progress
 
 
 @dataclass(frozen=True)

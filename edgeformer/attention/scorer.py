@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from ..errors import BadInput
+from ..stages import Progress, quiet
 from ..train import read, write
 from . import dsa, swap
 from .op import Parameters
@@ -28,7 +29,6 @@ from .reference import THRESHOLD, TOP_K, TOP_P, Config, blocks
 
 Tensor = torch.Tensor
 Row = TypeVar("Row")
-Progress = Callable[[str, int, int], None]  # what, done, total
 RowInputs = Mapping[str, Any] | Sequence[Any]  # of one forward, with a batch axis of 1
 
 BUFFER_BYTES = 16 << 20  # of the attention logits at a time
@@ -83,10 +83,6 @@ class Calibration(NamedTuple):
 def held_out(rows: Sequence[Row]) -> Sequence[Row]:
     """Those that `train` leaves to calibration: the last fifth, or all where they are too few to leave any."""
     return rows[-(len(rows) // HOLD_OUT) :]  # -0 is the start
-
-
-def quiet(_what: str, _done: int, _total: int) -> None:
-    """No progress shown."""
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -295,7 +291,7 @@ def train(
         if file and ((step + 1) % SAVE_EVERY == 0 or step + 1 == recipe.steps):
             _save(file, made_of, step + 1, learned, optimizer, random)
     selecting = stats.km.shape[2] if stats.config.select_per_kv else stats.qm.shape[2]
-    made = Parameters(*(x.detach() for x in now()[:4]), torch.zeros(stats.qm.shape[1], selecting))
+    made = _parameters([x.detach() for x in now()[:4]], torch.zeros(stats.qm.shape[1], selecting))
     return Trained(made, first_kl, _mean_divergence(seen, made), _mean_divergence(held, made))
 
 

@@ -27,6 +27,7 @@ from ..attention.op import Parameters
 from ..attention.reference import THRESHOLD, Config
 from ..errors import BadInput
 from ..model import Model
+from ..stages import Progress, quiet
 from ..train import Recipe
 from . import Pass
 
@@ -58,7 +59,7 @@ def dsa(
     distil: int | Recipe = 0,
     scorers: Scorers | None = None,
     checkpoint: str | Path | None = None,
-    progress: scorer.Progress = scorer.quiet,
+    progress: Progress = quiet,
 ) -> Pass:
     """
     rows: long texts, or inputs as in `edgeformer.data`; the longer ones serve, cut to `length` (the model's limit).
@@ -137,7 +138,7 @@ def train(
     block: int = 0,
     recipe: scorer.Recipe | None = None,
     checkpoint: str | Path | None = None,
-    progress: scorer.Progress = scorer.quiet,
+    progress: Progress = quiet,
 ) -> Scorers:
     """The first half of `dsa`, with its parameters; for several calls of it on one model."""
     # Before the rows are looked at: no longer text helps a model that cannot be sparse.
@@ -181,7 +182,7 @@ def _distilled(
     kept: float,
     distil: int | Recipe,
     checkpoint: str | Path | None,
-    progress: scorer.Progress,
+    progress: Progress,
 ) -> dict[str, Any]:
     recipe = distillation.steps(distil, len(rows)) if isinstance(distil, int) else distil
     beside = f"{checkpoint}.distil" if checkpoint else None
