@@ -24,7 +24,7 @@ from edgeformer_agent import wire
 
 from ..attention import cost, distil as distillation, scorer, swap
 from ..attention.op import Parameters
-from ..attention.reference import THRESHOLD, Config
+from ..attention.reference import THRESHOLD, TOP_K, Config
 from ..errors import BadInput
 from ..model import Model
 from ..stages import Progress, quiet
@@ -52,7 +52,7 @@ def dsa(
     buckets: Sequence[int] = (),
     block: int = 0,
     rule: int = THRESHOLD,
-    per_head: bool = False,
+    per_head: bool | None = None,
     int8: bool = False,
     dense_below: int | None = None,
     recipe: scorer.Recipe | None = None,
@@ -66,7 +66,9 @@ def dsa(
     budget: fraction of blocks to keep. buckets: shorter lengths to calibrate as well (`swap.for_length`).
     block: tokens a side, 32 (finer) or 64 (faster); by default 32 for causal models and 64 for others.
     rule: reference.THRESHOLD, TOP_P or TOP_K.
-    per_head: a budget a head instead of one threshold for all. int8: attention in int8 as well.
+    per_head: a budget a head instead of one threshold for all; by default where the rule is TOP_K, as one count for
+    all would keep as much in heads that look everywhere as in those that look at one block.
+    int8: attention in int8 as well.
     dense_below: rows of up to so many tokens are dense; by default those that sparse attention would not make faster,
     by what it keeps of the given rows cut to each of the model's lengths.
     recipe: of the scorer training; by default the one for encoders or for decoders.
@@ -77,6 +79,7 @@ def dsa(
     if not 0 < budget <= 1:
         raise BadInput(f"budget {budget} must be above 0 and at most 1: the fraction of blocks to keep")
     compute = int(int8)
+    each = per_head if per_head is not None else rule == TOP_K
 
     def run(model: Model) -> Model:
         made = scorers or train(
@@ -87,12 +90,12 @@ def dsa(
         config = replace(made.stats.config, rule=rule, dense_below=dense_below or 0)
         stats = replace(made.stats, config=config)
         few, tokens = given[:MOST_ROWS], 0 if model.lengths else length
-        found = scorer.calibrate(stats.split()[1], trained.parameters, budget, per_head=per_head)
+        found = scorer.calibrate(stats.split()[1], trained.parameters, budget, per_head=each)
         thetas = {int(stats.lengths.max()): found.theta}
         for bucket in sorted(n for n in buckets if model.lengths and n < max(thetas)):
             cut = [tuple(x[:, :bucket] for x in row) for row in scorer.held_out(few)]
             part = scorer.collect(module, cut, config, progress)
-            thetas[bucket] = scorer.calibrate(part, trained.parameters, budget, per_head=per_head).theta
+            thetas[bucket] = scorer.calibrate(part, trained.parameters, budget, per_head=each).theta
         dense = [n for n, kept in enumerate(found.kept_by_layer) if kept > DENSE_ABOVE[compute]]
         parameters = trained.parameters._replace(theta=found.theta)
         by_length = _kept_by_length(model, module, few, stats, parameters, set(dense))
@@ -107,7 +110,7 @@ def dsa(
                 sparse = [x for n, x in enumerate(found.kept_by_layer) if n not in dense]
                 share = sum(sparse) / len(sparse)
                 learned = _distilled(module, model.module, long, share, distil, checkpoint, progress)
-                again = _recalibrated(module, few, tokens, config, trained.parameters, list(thetas), budget, per_head)
+                again = _recalibrated(module, few, tokens, config, trained.parameters, list(thetas), budget, each)
                 found, thetas = again[max(again)], {n: x.theta for n, x in again.items()}
                 swap.set_thetas(module, thetas)
         facts = _facts(trained, found, by_length, dense, config) | {
