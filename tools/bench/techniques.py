@@ -51,7 +51,6 @@ CALIBRATION_ROWS, TIMED_ROWS, ROUNDS, PEAK_ROWS = 512, 60, 5, 20
 # figures. What a row really took stands in its line.
 SECONDS_A_TEXT = {"sst2": 0.010, "stsb": 0.020}
 RATE, ROUNDED_RATE, BATCH = 3e-4, 2e-5, 32
-BLOCK = 64
 WIDTH = 100
 HEADS = ("technique", "runtime", ">M par.", ">x", ">paper", ">score", ">%", ">paper", ">MB", ">peak MB")
 MISSING = ""
@@ -192,9 +191,9 @@ def combined(bench: Bench) -> Model:
 def sparse(bench: Bench) -> Model:
     """By the rule that `edgeformer.build` has: dense where the longest row has too few blocks to choose from."""
     longest = max(len(row["input_ids"]) for row in bench.dev.rows)
-    if longest < sparsify.FEWEST_BLOCKS * BLOCK:
+    if longest < sparsify.FEWEST_BLOCKS * sparsify.block_of(bench.model.module):
         return bench.model
-    return sparsify.dsa(bench.rows.rows, block=BLOCK)(bench.model)
+    return sparsify.dsa(bench.rows.rows)(bench.model)
 
 
 class Linear(torch.nn.Module):
