@@ -28,7 +28,7 @@ from .passes import sparsify
 from .plan import Export, exports
 from .program import Program
 from .stages import Progress, quiet
-from .workshop import BLOCK, described
+from .workshop import described
 
 __all__ = ["Cell", "Matrix", "parity"]
 
@@ -138,10 +138,10 @@ def parity(
     if budget is None:
         kinds = dict.fromkeys((export.rule for export in wanted_exports), _wanted(model, rows, dense, layers, report))
     else:
-        made = sparsify.train(model, rows.rows, block=BLOCK, progress=report)
+        made = sparsify.train(model, rows.rows, progress=report)
         kinds = {}
         for rule in {export.rule for export in wanted_exports}:
-            step = sparsify.dsa(rows.rows, budget=budget, block=BLOCK, rule=rule, scorers=made)
+            step = sparsify.dsa(rows.rows, budget=budget, rule=rule, scorers=made)
             kinds[rule] = _wanted(step(model), rows, dense, layers, report)
     cells = [cell for export in wanted_exports for cell in _cells(export, kinds[export.rule], report)]
     names = kinds[wanted_exports[0].rule].names

@@ -220,6 +220,7 @@ def _step(built: Made) -> wire.Step:
             "precision": PRECISIONS[entry.precision].about,
             "size_bytes": entry.size_bytes,
             **({"sparse_layers": built.program.sparse_layers} if built.program.sparse_layers else {}),
+            **({"narrower": built.program.narrower} if built.program.narrower else {}),
             entry.checked.measure: entry.checked.mean,
             **({} if entry.checked.value is None else {str(entry.checked.metric): entry.checked.value}),
         },

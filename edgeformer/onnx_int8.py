@@ -2,7 +2,8 @@
 int8 and int4 in ONNX. int8 is in standard operators: weights with a scale an output channel, activations quantized
 while it runs.
 
-`by_tensor` is ONNX Runtime's own dynamic quantization: one scale for all of an activation, which its runtime fuses.
+`by_tensor` is ONNX Runtime's own dynamic quantization: one scale for all of an activation, which its runtime fuses;
+what stands far above the rest is kept out of it (see `onnx_outliers`).
 `by_row` has a scale for each token, and a second byte of each value as rows of their own in the same product. Decoders
 need both: their first token carries values a thousand times those of the others (an attention sink), and within a token
 few channels stand far above the rest, so that one byte loses what the others say.
@@ -24,7 +25,7 @@ from onnx import helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.onnx_model import ONNXModel
 
-from . import onnx_graph, rounding
+from . import onnx_graph, onnx_outliers, rounding
 
 QUANTIZED = ["MatMul", "Gemm", "Gather"]  # Gather: the embedding tables, half of a small encoder
 MOST, ZERO = 127, 128  # activations are unsigned around ZERO: what every version of MatMulInteger takes
@@ -44,11 +45,17 @@ INT8_ACTIVATIONS = 4  # of MatMulNBits' accuracy levels
 MICROSOFT = "com.microsoft"
 
 
-def by_tensor(proto: onnx.ModelProto, chosen: rounding.Chosen) -> onnx.ModelProto:
-    """DSA nodes and their function stay as they are, here and in `by_row`."""
+def by_tensor(
+    proto: onnx.ModelProto, chosen: rounding.Chosen, seen: onnx_outliers.Peaks | None = None
+) -> tuple[onnx.ModelProto, dict[str, float]]:
+    """
+    And the layers that see a narrower range, by how many times. `seen`: what reaches the products of `proto`, from
+    `onnx_outliers.peaks`. DSA nodes and their function stay as they are, here and in `by_row`.
+    """
     left: list[str] = []
     if not chosen.plain:
         proto, left = _rewritten(proto, chosen, ("int4",))
+    proto, left, narrower = onnx_outliers.narrowed(proto, seen or {}, left)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "int8.onnx"
         quantize_dynamic(
@@ -62,7 +69,7 @@ def by_tensor(proto: onnx.ModelProto, chosen: rounding.Chosen) -> onnx.ModelProt
         )
         quantized = onnx.load(path)
     onnx_graph.strip(quantized)
-    return quantized
+    return quantized, narrower
 
 
 def by_row(proto: onnx.ModelProto, chosen: rounding.Chosen) -> onnx.ModelProto:

@@ -25,6 +25,8 @@ class Program:
     sparse: bool = False  # some layers are the DSA operator, which `native.binding` computes faster
     # Where the format itself decides layer by layer: length -> how many layers are sparse, and why others are not.
     sparse_layers: Mapping[str, Any] = field(default_factory=dict)
+    # Layer -> how many times narrower a range its int8 inputs have without the outliers that are kept out of them.
+    narrower: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
