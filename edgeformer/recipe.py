@@ -136,7 +136,9 @@ def cook(recipe: Recipe, kitchen: Kitchen, model: Model) -> Model:
         _bound(recipe, step, kitchen)
     for step in recipe.steps:
         before = model.tokenizer
+        kitchen.progress(step.name, 0, 1)
         model = _bound(recipe, step, kitchen)(model)
+        kitchen.progress(step.name, 1, 1)
         if model.tokenizer is not before:
             kitchen = replace(kitchen, rows=kitchen.read(model))
     return model
