@@ -295,7 +295,7 @@ def train(
         if file and ((step + 1) % SAVE_EVERY == 0 or step + 1 == recipe.steps):
             _save(file, made_of, step + 1, learned, optimizer, random)
     selecting = stats.km.shape[2] if stats.config.select_per_kv else stats.qm.shape[2]
-    made = Parameters(*(x.detach() for x in now()[:4]), torch.zeros(stats.qm.shape[1], selecting))
+    made = _parameters([x.detach() for x in now()[:4]], torch.zeros(stats.qm.shape[1], selecting))
     return Trained(made, first_kl, _mean_divergence(seen, made), _mean_divergence(held, made))
 
 
