@@ -27,7 +27,8 @@ from .model import Model
 from .passes import sparsify
 from .plan import Export, exports
 from .program import Program
-from .workshop import BLOCK, Progress, described
+from .stages import Progress, quiet
+from .workshop import described
 
 __all__ = ["Cell", "Matrix", "parity"]
 
@@ -127,7 +128,7 @@ def parity(
     layers: also compare the hidden states after each layer, at the price of a second export (of one static length).
     Raises BadInput, UnknownFormat, MissingExtra.
     """
-    report = progress or (lambda _what, _done, _total: None)
+    report = progress or quiet
     wanted_exports = exports(tuple(formats) if formats else registry.names(), precision)
     if not isinstance(model, Model):
         model = models.load(model, example=example, lengths=tuple(lengths) if lengths else None)
@@ -137,10 +138,10 @@ def parity(
     if budget is None:
         kinds = dict.fromkeys((export.rule for export in wanted_exports), _wanted(model, rows, dense, layers, report))
     else:
-        made = sparsify.train(model, rows.rows, block=BLOCK, progress=report)
+        made = sparsify.train(model, rows.rows, progress=report)
         kinds = {}
         for rule in {export.rule for export in wanted_exports}:
-            step = sparsify.dsa(rows.rows, budget=budget, block=BLOCK, rule=rule, scorers=made)
+            step = sparsify.dsa(rows.rows, budget=budget, rule=rule, scorers=made)
             kinds[rule] = _wanted(step(model), rows, dense, layers, report)
     cells = [cell for export in wanted_exports for cell in _cells(export, kinds[export.rule], report)]
     names = kinds[wanted_exports[0].rule].names

@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from .model import Model
 from .plan import PRECISIONS, Export, plans
 from .program import Program
 from .recipe import Kitchen, Recipe, closed, cook, dump, load, ranges
+from .stages import Progress, quiet
 from .workshop import described
 
 try:
@@ -45,7 +46,6 @@ __all__ = ["Limits", "Outcome", "Point", "Proxy", "Real", "kitchen", "search"]
 PROXY_ROWS = 200
 FINALISTS = 4
 REPEATS = 3  # of each row when a program is timed
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def search(
     and learn from; without it they see the rows of `data`, without their labels. space: an open recipe.
     format, precision: of the target's; its first by default. Raises BadInput, GateFailed never: what fails is a point.
     """
-    report = progress or (lambda _what, _done, _total: None)
+    report = progress or quiet
     if optuna is None:
         raise MissingExtra("search", "optuna")
     found = load(space) if not isinstance(space, Recipe) else space
@@ -201,7 +201,9 @@ def kitchen(
         return replace(rows, labels=None) if train is None else rows
 
     texts, labels = ((), None) if train is None else rows_of.texts(train, task)
-    return Kitchen(model, read(model), read, texts, labels, folder / "work", report)
+    compares = model.task.kind == "regression"  # its head reads two texts at once
+    learned = rows_of.pairs(train, task) if train is not None and task is not None and compares else texts
+    return Kitchen(model, read(model), read, learned, labels, folder / "work", report)
 
 
 @dataclass(frozen=True)

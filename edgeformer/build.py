@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, overload
@@ -15,7 +15,8 @@ from edgeformer_agent import cases, wire
 from . import signing
 from .bundle import AGENT, Bundle, agent_zip, check_place, open_bundle, write
 from .errors import BadInput, BundleRefused
-from .plan import PRECISIONS, plans
+from .plan import ATTENTION, PRECISIONS, plans
+from .stages import Progress, quiet
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution
@@ -29,11 +30,9 @@ if TYPE_CHECKING:
     from .recipe import Recipe
     from .workshop import Made
 
-ATTENTION = ("auto", "dense", "dsa")
 GOLDEN_ROWS = 3
 GOLDEN_TOKENS = 64  # a self-check must be cheap on the slowest board
 
-Progress = Callable[[str, int, int], None]  # what, done, total
 RecipeSource: TypeAlias = "str | Path | Recipe"
 Targets: TypeAlias = list[str] | tuple[str, ...]
 
@@ -100,7 +99,7 @@ def build(
     Raises GateFailed, BudgetMissed (nothing is packaged), BadInput, UnknownTarget, UnknownFormat, FormatNotYet,
     MissingExtra.
     """
-    report = progress or (lambda _what, _done, _total: None)
+    report = progress or quiet
     menu = _menu(recipe, limits, train, target)
     planned = plans(target, formats, precision or (menu.precision if menu else None) or None)
     if limits is not None:  # they are met by one program: the first of what was asked for

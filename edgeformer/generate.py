@@ -123,8 +123,7 @@ def _open(bundle: Bundle, entry: wire.Entry, threads: int) -> Any:
         runner = runners.load(entry.format)
     except ImportError as error:
         raise MissingExtra(entry.format, error.name) from error
-    # ExecuTorch's library is a runner of its own, which starts from nothing at every call.
-    library = None if entry.format == "executorch" else native.find(str(bundle.path), entry)
+    library = native.find(str(bundle.path), entry)
     if library and native.trial(str(bundle.path), entry, threads, library):
         library = None
     return runner.load(str(bundle.path / entry.path), entry, threads, library)

@@ -9,11 +9,12 @@ from pathlib import Path
 from edgeformer_agent import wire
 
 from . import data as rows_of
-from .budget import Limits, Progress, Real, drop, kitchen, search
+from .budget import Limits, Real, drop, kitchen, search
 from .errors import BadInput, BudgetMissed
 from .model import Model
 from .plan import Plan
 from .recipe import Recipe, cook, ranges
+from .stages import Progress
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def served(
         raise BadInput(f"recipe {recipe.name} has no open setting to meet limits with; see edgeformer.recipe")
     model = cook(recipe, kitchen(teacher, order.data, order.train, order.task, order.folder, order.report), model)
     chosen = attention if attention != "auto" else recipe.attention
-    return _told(model, recipe, order.limits, found), chosen, recipe.budget if recipe.attention == "dsa" else budget
+    return _told(model, recipe, order.limits, found), chosen, budget if recipe.attention == "dense" else recipe.budget
 
 
 def hold(limits: Limits, entry: wire.Entry) -> None:

@@ -30,6 +30,7 @@ class Precision(NamedTuple):
     golden: float
 
 
+ATTENTION = ("auto", "dense", "dsa")  # what may be asked for
 PRECISIONS = {  # what a format's own `PRECISIONS` may name
     "int8": Precision(
         "int8 weights and embeddings per output channel, activations quantized per call or kept in float", 1, 0.98
@@ -62,12 +63,26 @@ class Export:
     def programs(self, model: Model) -> Iterator[Program]:
         """In the order of the precisions. Raises ExportError."""
         made = iter(self.module.export(model, self.precisions))
-        while True:
-            with _uncollected():
-                program = next(made, None)
-            if program is None:
-                return
-            yield program
+        with _older_set_aside():
+            while True:
+                with _uncollected():
+                    program = next(made, None)
+                if program is None:
+                    return
+                yield program
+
+
+@contextmanager
+def _older_set_aside() -> Iterator[None]:
+    """Collections walk what is made from here on: modules and models that stay are half a second each time."""
+    mine = not gc.get_freeze_count()  # else someone has set theirs aside, and would miss it
+    if mine:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if mine:
+            gc.unfreeze()
 
 
 @contextmanager

@@ -23,7 +23,7 @@ import inspect
 import tomllib
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -35,10 +35,11 @@ from . import data as rows_of
 from .errors import BadInput
 from .model import Model
 from .passes import Pass
+from .plan import ATTENTION
+from .stages import Progress, quiet
 
 __all__ = ["Kitchen", "Range", "Recipe", "Step", "closed", "cook", "dump", "load", "names", "ranges"]
 
-Progress = Callable[[str, int, int], None]
 _TOP = ("title", "attention", "budget", "precision", "pass")
 
 
@@ -79,10 +80,10 @@ class Kitchen:
     teacher: Model
     rows: rows_of.Rows
     read: Callable[[Model], rows_of.Rows]  # the same rows by another model's tokenizer
-    texts: tuple[str, ...] = ()
+    texts: tuple[str | tuple[str, str], ...] = ()
     labels: tuple[float, ...] | None = None
     folder: Path | None = None
-    progress: Progress = field(default=lambda _what, _done, _total: None)
+    progress: Progress = quiet
 
 
 def names() -> list[str]:
@@ -135,7 +136,9 @@ def cook(recipe: Recipe, kitchen: Kitchen, model: Model) -> Model:
         _bound(recipe, step, kitchen)
     for step in recipe.steps:
         before = model.tokenizer
+        kitchen.progress(step.name, 0, 1)
         model = _bound(recipe, step, kitchen)(model)
+        kitchen.progress(step.name, 1, 1)
         if model.tokenizer is not before:
             kitchen = replace(kitchen, rows=kitchen.read(model))
     return model
@@ -153,6 +156,8 @@ def _read(name: str, text: str) -> Recipe:
         raise BadInput(f"recipe {name}: unknown key {unknown[0]!r}; known: {', '.join(_TOP)}")
     steps = tuple(_step(name, table) for table in body.pop("pass", []))
     precision = body.pop("precision", ())
+    if (attention := body.get("attention", "dense")) not in ATTENTION:
+        raise BadInput(f"recipe {name}: attention {attention!r} must be one of {', '.join(ATTENTION)}")
     fields = {"title": "", **body, "precision": (precision,) if isinstance(precision, str) else tuple(precision)}
     return Recipe(name=name, steps=steps, **fields)
 

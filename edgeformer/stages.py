@@ -1,4 +1,4 @@
-"""What a build costs the machine that builds: seconds by stage, and the most memory it held."""
+"""Where long work is, and what it costs this machine: seconds by stage, and the most memory it held."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["Cost", "Stages"]
+__all__ = ["Cost", "Progress", "Stages", "quiet"]
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 SHOWN_S = 0.5  # shorter stages are left out of the words
+
+
+def quiet(_what: str, _done: int, _total: int) -> None:
+    """The progress of who does not ask."""
 
 
 @dataclass(frozen=True)

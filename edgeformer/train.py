@@ -26,10 +26,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .errors import BadInput
+from .stages import Progress, quiet
 
 Tensor = torch.Tensor
 Loss = Callable[[Sequence[int]], Tensor]  # the mean over these rows, a scalar
-Progress = Callable[[str, int, int], None]  # what, done, total
 
 POOL = 50  # batches that are sorted by length together: long enough for equal lengths, short enough to stay random
 SAVE_EVERY_S = 30.0
@@ -71,10 +71,6 @@ class Fitted:
     resumed_at: int
     loss: float
     cpu_s: float  # of this process; a resumed run counts its own part
-
-
-def quiet(_what: str, _done: int, _total: int) -> None:
-    """Says nothing."""
 
 
 def fit(

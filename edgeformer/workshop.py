@@ -5,7 +5,6 @@ number of targets that take it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,18 +13,14 @@ import numpy as np
 from edgeformer_agent import cases, wire
 
 from . import check, device as devices, native, predict
-from .attention import choice, cost, static, swap
-from .attention.reference import TOP_K
+from .attention import choice, cost
 from .data import Rows
 from .errors import BadInput
 from .model import Model
 from .passes import sparsify
 from .plan import PRECISIONS, Export, Plan
 from .program import Program
-
-BLOCK = 64  # tokens a side of a sparse block: the fastest on CPUs
-
-Progress = Callable[[str, int, int], None]  # what, done, total
+from .stages import Progress
 
 
 @dataclass(frozen=True)
@@ -55,11 +50,9 @@ class Workshop:
         tokens = [cases.length(row) for row in self.rows.rows]
         load = choice.load(model.module, plan.device, plan.exports[0].precisions[0])
         hoped = load.over(tokens, cost.Kept(sparsify.DENSE_BELOW, ((max(tokens), budget),))) if load else 1.0
-        long_enough = max(tokens) >= sparsify.FEWEST_BLOCKS * BLOCK
+        long_enough = load and max(tokens) >= sparsify.FEWEST_BLOCKS * sparsify.block_of(model.module)
         if attention == "dense" or (attention == "auto" and not (hoped >= choice.WORTH and long_enough)):
             return _decided(model, "dense", hoped, "if the budget is met", attention, budget)
-        if plan.rule == TOP_K and load and any(layer.causal for layer in swap.layers(model.module)):
-            return _decided(model, "dense", 1.0, f"in {plan.exports[0].name}: {static.CAUSAL}", attention, budget)
         sparse = self._sparsified(model, plan.rule, budget)
         assert load is not None  # the pass refuses models without attention layers that it can swap
         kept = cost.calibrated(sparse.history)
@@ -71,9 +64,9 @@ class Workshop:
     def _sparsified(self, model: Model, rule: int, budget: float) -> Model:
         """One a rule; the scorers are trained once."""
         if self._scorers is None:
-            self._scorers = sparsify.train(model, self.rows.rows, block=BLOCK, progress=self.report)
+            self._scorers = sparsify.train(model, self.rows.rows, progress=self.report)
         if rule not in self._sparse:
-            step = sparsify.dsa(self.rows.rows, budget=budget, block=BLOCK, rule=rule, scorers=self._scorers)
+            step = sparsify.dsa(self.rows.rows, budget=budget, rule=rule, scorers=self._scorers)
             self._sparse[rule] = step(model)
         return self._sparse[rule]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -19,8 +20,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 
 import edgeformer as ef  # noqa: E402
-from edgeformer import device as devices, formats  # noqa: E402
+from edgeformer import device as devices, formats, model as models  # noqa: E402
 from edgeformer.errors import BadInput, FormatNotYet, GateFailed, UnknownFormat, UnknownTarget  # noqa: E402
+from edgeformer.plan import exports  # noqa: E402
 
 
 class Scorer(torch.nn.Module):  # type: ignore[misc, name-defined]
@@ -154,33 +156,67 @@ def test_an_existing_bundle_is_kept(tmp_path: Path, config_home: Path) -> None:
     assert ef.open_bundle(tmp_path / "scorer-raspberry-pi-4").digest == digest
 
 
+class Victims:
+    """Builds in processes of their own, forked from one that has built before: nothing is imported again."""
+
+    CODE = (
+        "import os, pathlib, sys; sys.path.insert(0, sys.argv[2]); import test_build\n"
+        "def build():\n"
+        "    test_build.build(pathlib.Path(sys.argv[1]), test_build.Scorer(2.0), overwrite=True, version=30000000)\n"
+        "build()\n"
+        "for _ in sys.stdin:\n"
+        "    if not (child := os.fork()): build(); os._exit(0)\n"
+        "    print(child, flush=True)\n"
+        "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)\n"
+    )
+
+    def __init__(self, out: Path) -> None:
+        command = [sys.executable, "-c", self.CODE, str(out), str(Path(__file__).parent)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+
+    def run(self, kill_after_s: float | None = None) -> float:
+        """Seconds that a build took; killed then, if a moment is given."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        child, started = int(self.process.stdout.readline()), time.monotonic()
+        if kill_after_s is not None:
+            time.sleep(kill_after_s)
+            os.kill(child, signal.SIGKILL)
+        assert int(self.process.stdout.readline()) in ((0,) if kill_after_s is None else (0, -signal.SIGKILL))
+        return time.monotonic() - started
+
+
 @pytest.mark.slow
 def test_a_killed_build_leaves_the_old_bundle_or_the_new_one(tmp_path: Path, config_home: Path) -> None:
     """SIGKILL at random moments of a build that replaces a bundle, with more of them near its end."""
     old = build(tmp_path).digest
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[2]); import test_build, pathlib\n"
-        "print('go', flush=True)\n"
-        "test_build.build(pathlib.Path(sys.argv[1]), test_build.Scorer(2.0), overwrite=True, version=30000000)\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)]
-    started = time.monotonic()
-    subprocess.run(command, check=True, capture_output=True, env=dict(os.environ))
-    whole = time.monotonic() - started
+    victims = Victims(tmp_path)
+    whole = victims.run()
     new = ef.open_bundle(tmp_path / "scorer-raspberry-pi-4").digest
     build(tmp_path, overwrite=True, version=30000001)
     seen = set()
     draw = random.Random(0)
     for _ in range(5):
-        victim = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
-        time.sleep(whole * draw.uniform(0.6, 1.0))
-        victim.send_signal(signal.SIGKILL)
-        victim.wait()
+        victims.run(whole * draw.uniform(0.4, 1.0))
         bundle = ef.open_bundle(tmp_path / "scorer-raspberry-pi-4")
         bundle.verify()
         ef.open_bundle(bundle.archive).verify()
         seen.add(bundle.digest)
+    victims.process.kill()
+    victims.process.wait()
     assert old != new and len(seen) <= 2
+
+
+def test_an_export_leaves_the_collector_as_it_was() -> None:
+    (export,) = exports(["onnx"])
+    model = models.load(Scorer(), example=(torch.zeros(1, 16),), name="scorer")
+    assert [program.precision for program in export.programs(model)] == ["int8"]
+    assert gc.isenabled() and not gc.get_freeze_count()
+    next(programs := export.programs(model))
+    programs.close()  # type: ignore[attr-defined]
+    assert gc.isenabled() and not gc.get_freeze_count()
 
 
 def test_progress_ends_every_step(tmp_path: Path, config_home: Path) -> None:

@@ -235,10 +235,12 @@ def test_a_sparse_build_counts_blocks_for_core_ml_and_says_which_layers_are_spar
     }
 
 
-def test_a_causal_model_stays_dense_in_core_ml_and_the_manifest_says_why(tmp_path: Path, config_home: Path) -> None:
-    bundle = ef.build(
-        families.tiny("llama"), "iphone-13", attention="dsa", lengths=(16,), gate=0.5, name="decoder", out=tmp_path
-    )
-    (decided,) = [step.facts for step in bundle.manifest.history if step.name == "attention"]
-    assert decided["chosen"] == "dense" and "in coreml: this form has no causal mask, asked for" in decided["why"]
-    assert not any(step.name == "sparsify.dsa" for step in bundle.manifest.history)
+@pytest.mark.slow
+def test_a_decoder_is_sparse_in_core_ml(tmp_path: Path, config_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = scorer.train
+    monkeypatch.setattr(scorer, "train", lambda stats, *_, **__: whole(stats, scorer.Recipe(steps=5)))
+    options: dict[str, Any] = {"lengths": (320,), "gate": 0.5, "precision": "fp32", "name": "decoder", "budget": 0.7}
+    bundle = ef.build(families.tiny("llama"), "iphone-13", attention="dsa", out=tmp_path, **options)
+    facts = {step.name: step.facts for step in bundle.manifest.history}
+    assert facts["attention"]["chosen"] == "dsa" and facts["sparsify.dsa"]["rule"] == TOP_K
+    assert facts["export.coreml"]["sparse_layers"]["320"] == {"sparse": 2, "layers": 2}

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 from test_swap import make
 
-from edgeformer import check, device as devices, formats, model as models, predict, workshop
+from edgeformer import check, device as devices, model as models, predict, workshop
 from edgeformer.attention import choice, cost, scorer, swap
 from edgeformer.data import Rows
 from edgeformer.passes import sparsify
@@ -117,17 +117,18 @@ def test_auto_never_ships_the_slower_one(model: models.Model, quick: None, monke
 def test_programs_count_what_is_kept(format: str, model: models.Model, quick: None) -> None:
     pytest.importorskip({"onnx": "onnxruntime", "litert": "litert_torch", "executorch": "executorch"}[format])
     step = sparsify.dsa(rows_of(model, 256).rows, budget=0.4, dense_below=64, recipe=replace(_recipe(), steps=5))
-    works = {}
-    for name, made in (("dense", model), ("sparse", step(model))):
-        (program,) = formats.load(format).export(made, ["fp32"])
+    sparse, works = step(model), {}
+    (export,) = exports([format], "fp32")
+    for name, made in (("dense", model), ("sparse", sparse)):
+        (program,) = export.programs(made)
         works[name] = {w.length: w for w in program.work}
         assert program.sparse == (name == "sparse")
-    kept = cost.calibrated(step(model).history)
+    kept = cost.calibrated(sparse.history)
     layer = swap.layers(model.module)[0]
     shape = (1, layer.heads, 256, layer.dim)
     dense = 4.0 * layer.heads * 256 * 256 * layer.dim
     saved = dense - cost.operations(shape, shape, 16, kept)
-    number = len(swap.scorers(step(model).module))
+    number = len(swap.scorers(sparse.module))
     assert works["dense"][256].flops - works["sparse"][256].flops == pytest.approx(number * saved) and saved > 0
     assert works["dense"][64].flops == pytest.approx(works["sparse"][64].flops), "dense below the break-even"
     times = {name: predict.row_ms(tuple(work.values()), 256, HOST) for name, work in works.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -21,10 +23,11 @@ from tools.bench import frontier, peers, shelf, techniques, turns  # noqa: E402
 
 sys.path[:] = here  # the tools put the repository first, for when they are run as files
 
-from edgeformer import data, evaluate  # noqa: E402
+from edgeformer import budget, data, evaluate  # noqa: E402
 from edgeformer.errors import BadInput  # noqa: E402
 from edgeformer.passes import depth, distil, student  # noqa: E402
 from edgeformer.program import Program  # noqa: E402
+from edgeformer.stages import quiet  # noqa: E402
 from edgeformer.train import Recipe  # noqa: E402
 from edgeformer_agent import wire  # noqa: E402
 
@@ -64,7 +67,10 @@ def test_the_page_and_the_table_hold_every_program(tmp_path: Path) -> None:
     said, page = json.loads((tmp_path / "f.json").read_text()), (tmp_path / "f.html").read_text()
     assert said["goals"][0]["reached"] == ["small <b>"] and said["lines"][0]["missed"]["10x"] == ["speed"]
     assert "small &lt;b&gt;" in page and "<b>" not in page and "lacks speed" in page and "too slow to matter" in page
-    assert frontier.table(OUTCOME).row_count == 2
+    screen = Console(width=100, file=io.StringIO())
+    screen.print(frontier.table(replace(OUTCOME, lines=(replace(OURS, name="unmodified int8, LiteRT"), PEER))))
+    first = next(line for line in screen.file.getvalue().splitlines() if "unmodified" in line)  # type: ignore[attr-defined]
+    assert "unmodified int8, LiteRT" in first and "reaches 2x, 5x" in first
 
 
 def test_names_of_ours_are_pairs() -> None:
@@ -95,8 +101,12 @@ def test_a_line_without_a_program_says_why() -> None:
     about = {"cpu": "a board", "load": 1.0, "timed_rows": 60, "minutes": 1.0}
     page = techniques.document([none, some], about)
     assert "no classes" in page and "&lt;how&gt;" in page and "97.6" in page
-    assert "no classes" in techniques.notes([none, some])
-    assert techniques.cells(none)[4] == techniques.cells(some)[4] == "3.8"
+    dynamic = replace(some, layers_run={"least": 2, "mean": 4.25, "most": 6, "of": 6})
+    said = techniques.notes([none, some, dynamic]).splitlines()
+    assert len(said) == 2 and "no classes" in said[0] and "4.25 of 6 layers (2.00 to 6.00)" in said[1]
+    place = techniques.HEADS.index("paper")
+    assert techniques.cells(none)[place] == techniques.cells(some)[place] == "3.8x 91%"
+    assert len(techniques.cells(none)) == len(techniques.cells(some)) == len(techniques.HEADS)
 
 
 def test_a_shelf_gives_back_programs_and_tokenizer(tmp_path: Path) -> None:
@@ -134,6 +144,10 @@ def test_pairs_are_learned_from_and_not_augmented(tmp_path: Path) -> None:
     (tmp_path / "p.tsv").write_text("w3 w4\tw5\t2.5\nw6\tw7 w8\t1\n")
     pairs = data.pairs(tmp_path / "p.tsv", "stsb")
     assert pairs == (("w3 w4", "w5"), ("w6", "w7 w8"))
+    compares = classifier(num_labels=1)
+    assert budget.kitchen(compares, None, tmp_path / "p.tsv", "stsb", tmp_path, quiet).texts == pairs
+    words = [len(student.vocabulary(x)(compares).tokenizer.get_vocab()) for x in ([], pairs)]
+    assert words[1] == words[0] + len("345678"), "the words of both texts are kept"
     model = classifier(num_labels=2)
     rows = distil._encode(model, pairs, 32)
     types = [x.name for x in model.inputs].index("token_type_ids")

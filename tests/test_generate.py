@@ -122,7 +122,14 @@ def test_sparse_tokens_with_the_library_and_without(tmp_path: Path) -> None:
     wanted = theirs(whole, PROMPT)
     library = native.binding("onnx", native.host())
     run, entry = opened(model, "onnx", tmp_path, library)
-    journal = agent_native.journal(run, str(library))
+    assert _counted(run, entry, str(library)) == wanted
+    assert decoding.greedy(reopened(entry, tmp_path, None), entry, PROMPT, NEW) == wanted
+    assert theirs(families.tiny("llama"), PROMPT) != wanted  # so dense attention would show
+
+
+def _counted(run: Any, entry: wire.Entry, library: str) -> list[int]:
+    """The tokens; each of them through our operator, in every layer, and it dropped blocks."""
+    journal = agent_native.journal(run, library)
     assert journal is not None
     calls: list[wire.Native] = []
 
@@ -131,18 +138,18 @@ def test_sparse_tokens_with_the_library_and_without(tmp_path: Path) -> None:
         calls.append(journal.native())
         return found
 
-    assert decoding.greedy(watched, entry, PROMPT, NEW) == wanted
+    made = decoding.greedy(watched, entry, PROMPT, NEW)
     assert len(calls) == NEW and calls[-1].calls_per_run == 2
     assert calls[0].kept and max(calls[0].kept) < 0.9 and max(calls[-1].kept) < 0.95
-    assert decoding.greedy(reopened(entry, tmp_path, None), entry, PROMPT, NEW) == wanted
-    assert theirs(families.tiny("llama"), PROMPT) != wanted  # so dense attention would show
+    return made
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
 def test_executorch_gives_the_tokens_of_transformers(attention: str, tmp_path: Path) -> None:
-    """Sparse, in a runtime without our operator: by the methods in standard operators."""
+    """In the runtime without our operator by the methods in standard operators, and in the bundle's own runner."""
     pytest.importorskip("executorch")
+    pytest.importorskip("ziglang")
     whole = families.tiny("llama")
     model = load(whole, name="tiny", lengths=(160,))
     if attention == "sparse":
@@ -151,7 +158,12 @@ def test_executorch_gives_the_tokens_of_transformers(attention: str, tmp_path: P
     run, entry = opened(model, "executorch", tmp_path)
     methods = _methods(tmp_path / entry.path)
     assert ("standard_next" in methods) == (attention == "sparse") and "forward_next" in methods
-    assert decoding.greedy(run, entry, PROMPT, NEW) == theirs(whole, PROMPT)
+    wanted = theirs(whole, PROMPT)
+    assert decoding.greedy(run, entry, PROMPT, NEW) == wanted
+    library = native.runner()
+    own = reopened(entry, tmp_path, library)
+    made = _counted(own, entry, str(library)) if attention == "sparse" else decoding.greedy(own, entry, PROMPT, NEW)
+    assert made == wanted and isinstance(own, runners.load("executorch").Runner)
 
 
 def _methods(path: Path) -> set[str]:

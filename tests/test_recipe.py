@@ -57,6 +57,7 @@ def test_a_pass_that_is_not_used_is_left_out() -> None:
         ("[[pass]]\nname = 'distil.distil'\nlosses = { respond = 1.0 }", "does not describe a Losses"),
         ("[[pass]]\nname = 'prune._apply'", "there is no pass"),
         ("speed = 1", "unknown key 'speed'"),
+        ("attention = 'sparse'", "must be one of auto, dense, dsa"),
         ("title = ", "is not TOML"),
     ],
 )

@@ -109,6 +109,28 @@ def test_int4_runs_and_pretending_says_what_it_answers(format: str) -> None:
         )  # 10 linear layers, words and segments; positions fold into a constant
 
 
+NARROWING = {"next_token": "module.model.layers.1.mlp.down_proj", "embedding": "module.encoder.layer.0.output.dense"}
+
+
+def test_executorch_quantizes_huge_values_of_a_decoder_apart() -> None:
+    pytest.importorskip("executorch")
+    executorch = formats.load("executorch")
+    made = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(64, 32)
+    with torch.no_grad():  # weights that int8 holds exactly
+        linear.weight.copy_(torch.randint(-126, 127, linear.weight.shape, generator=made).float() / 127)
+        linear.weight[:, 0] = 1
+    x = torch.randn(1, 5, 64, generator=made)
+    x[..., 3] = 1000
+    off = [abs(kind(linear, "int8")(x) - linear(x)).max() for kind in (executorch._Linear, executorch._Apart)]
+    assert off[1] < off[0] / 8
+    decoder, encoder = families.model("llama"), families.model("bert")
+    decoder.module.get_submodule("module.model.layers.1.mlp").down_proj = torch.nn.Linear(128, 64)
+    for model, kind in ((decoder, executorch._Apart), (encoder, executorch._Linear)):
+        found = dict(executorch._integers(model, "int8").named_modules())
+        assert type(found[NARROWING[model.task.kind]]) is kind
+
+
 def test_layers_that_lose_most_are_kept() -> None:
     model = bert()
     rows = data.load(model, None, None)

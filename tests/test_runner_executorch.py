@@ -38,11 +38,11 @@ while True:
     {then}
     if request[:1] == b"J": send(b"\\0" + text("neon") + struct.pack("<qIqqqq", 2, 2, 3, 4, 1, 4))
     elif request[:1] == b"P": send(b"\\1" + text("started without `profile`"))
-    else: send(b"\\0" + struct.pack("<QBBIIf", 1500, 6, 2, 1, 1, sum(request)))
+    else: send(b"\\0" + struct.pack("<QIBBIIf", 1500, 1, 6, 2, 1, 1, sum(request)))
 """
 
 
-def fake(tmp_path: Path, *, start: str = "", protocol: int = 1, methods: int = 2, then: str = "pass") -> str:
+def fake(tmp_path: Path, *, start: str = "", protocol: int = 2, methods: int = 2, then: str = "pass") -> str:
     path = tmp_path / "runner"
     path.write_text(FAKE.format(python=sys.executable, start=start, protocol=protocol, methods=methods, then=then))
     return str(path)  # not executable, as an upload leaves it
@@ -54,7 +54,8 @@ def opened(library: str) -> runner.Runner:
 
 def test_a_row_there_and_an_output_back(tmp_path: Path) -> None:
     run = opened(fake(tmp_path))
-    sent = struct.pack("<I", 2) + struct.pack("<BBII", 6, 2, 1, 3) + ROW["x"].tobytes()
+    sent = struct.pack("<I7sI", 7, b"forward", 1)  # the first output of it
+    sent += struct.pack("<I", 2) + struct.pack("<BBII", 6, 2, 1, 3) + ROW["x"].tobytes()
     sent += struct.pack("<BBII", 3, 2, 1, 3) + ROW["n"].astype(np.int32).tobytes()
     assert run(ROW) == sum(b"R" + sent) and run.last_ns == 1500
     assert (run.version, run.threads, run.methods) == ("1.5.9", 3, ["forward", "standard"])
@@ -78,7 +79,7 @@ def test_a_dense_program_has_no_journal(tmp_path: Path) -> None:
     [
         ({"start": "sys.exit('no such file')"}, "ended with code 1: no such file"),
         ({"start": "send(b'\\1' + text('the file cannot be read')); sys.exit(1)"}, "the file cannot be read"),
-        ({"protocol": 2}, "speaks protocol 2, this agent 1"),
+        ({"protocol": 1}, "speaks protocol 1, this agent 2"),
         ({"methods": 9}, "ends too early"),
     ],
 )

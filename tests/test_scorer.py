@@ -71,6 +71,25 @@ def test_training_lowers_the_divergence_and_repeats(family: str) -> None:
     assert not torch.equal(scorer.train(found, replace(recipe, seed=1)).parameters.wq, one.parameters.wq)
 
 
+def test_scorers_start_from_a_sketch_stay_near_it_and_never_see_the_rows_held_out() -> None:
+    found = stats("llama", 128, 128, 100, 128, 128)
+    start = scorer.train(found, scorer.Recipe(steps=0, rank=16))
+    layers, heads = found.qm.shape[1:3]
+    plain = op.Parameters(*(x.reshape(layers, heads, *x.shape[1:]) for x in dsa.pooled(layers * heads, 16)))
+    seen, held = found.split()
+    assert (len(seen.lengths), len(held.lengths)) == (4, 1)
+    # Of full rank the sketch is q.k itself, but for what it adds to all blocks of a row.
+    torch.testing.assert_close(scorer.masses(seen, start.parameters), scorer.masses(seen, plain), rtol=0, atol=1e-4)
+    recipe = scorer.Recipe(steps=20, batch=2, rank=16, chosen=1.0)
+    free = scorer.train(found, recipe)
+    pulled = scorer.train(found, replace(recipe, pull=20.0))
+    moved = [float((x.parameters.wq - start.parameters.wq).norm()) for x in (free, pulled)]
+    assert 0 < moved[1] < moved[0] / 1.5
+    changed = replace(found, mass=torch.cat([found.mass[:4], found.mass[4:].flip(-1)]))
+    again = scorer.train(changed, recipe)
+    assert torch.equal(again.parameters.wq, free.parameters.wq) and again.held_out_kl != free.held_out_kl
+
+
 def test_training_goes_on_from_its_checkpoint_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found, file = stats(), tmp_path / "scorers.safetensors"
     monkeypatch.setattr(scorer, "SAVE_EVERY", 5)

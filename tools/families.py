@@ -25,8 +25,10 @@ FURTHEST = 1e-4  # from PyTorch in fp32
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tools/families", description=__doc__)
     parser.add_argument("family", nargs="*", choices=[*families.NAMES, []], help="only these")
-    chosen = parser.parse_args().family or families.NAMES
-    names, reasons, failed = formats.names(), [], 0
+    parser.add_argument("--format", action="append", choices=formats.names(), help="only this; repeatable")
+    options = parser.parse_args()
+    chosen, names = options.family or families.NAMES, options.format or formats.names()
+    reasons, failed = [], 0
     print("| family | head |", " | ".join(names), "|", flush=True)
     print("|---" * (len(names) + 2) + "|", flush=True)
     for family in chosen:

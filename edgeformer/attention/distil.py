@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from ..errors import BadInput
+from ..stages import Progress, quiet
 from ..train import Fitted, Recipe, fit
 from . import op, swap
 from .reference import THRESHOLD
-from .scorer import Progress, RowInputs, digest, quiet
+from .scorer import RowInputs, digest
 
 Tensor = torch.Tensor
 # One row at a time: rows of different lengths need no padding, and memory holds one of them. Rates of 1e-4 and above

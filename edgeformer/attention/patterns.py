@@ -181,7 +181,8 @@ def scored(parameters: Parameters, config: Config, compute: int = 0) -> Pattern:
 def learned(
     stats: scorer.Statistics, parameters: Parameters, budget: float, *, per_head: bool = False, compute: int = 0
 ) -> Pattern:
-    found = scorer.calibrate(stats, parameters, budget, per_head=per_head)
+    """Calibrated on the rows that `scorer.train` holds out of these statistics."""
+    found = scorer.calibrate(stats.split()[1], parameters, budget, per_head=per_head)
     return scored(parameters._replace(theta=found.theta), stats.config, compute)
 
 

@@ -117,7 +117,8 @@ def _attention(model: Model, length: int) -> Iterator[tuple[torch.nn.Module, dic
         swap.for_length(module, length)
     layers = swap.layers(module)
     scored = [layer for layer in layers if hasattr(layer.module, swap.SCORER)]
-    found = {x.number: static.form(swap.scorer(x), length, x.causal) for x in scored}
+    tokens = length or _tokens(model)
+    found = {x.number: static.form(swap.scorer(x), tokens) for x in scored}
     forms = {number: made for number, made in found.items() if not isinstance(made, str)}
     account: dict[str, Any] = {"sparse": len(forms), "layers": len(layers)}
     if reasons := sorted({made for made in found.values() if isinstance(made, str)}):
@@ -126,6 +127,24 @@ def _attention(model: Model, length: int) -> Iterator[tuple[torch.nn.Module, dic
         if not forms:
             swap.switch(module, "eager")
         yield module, account
+
+
+def _tokens(model: Model) -> int:
+    """How many its attention sees where no input is a sequence: an image gives some for its patches."""
+    counted = _Count()
+    with swap.replaced(model.module, lambda _: counted):
+        model.module(*model.example(0))
+    return counted.rows
+
+
+class _Count(torch.nn.Module):
+    """In place of attention: notes how many rows it is asked for."""
+
+    rows = 0
+
+    def forward(self, q: torch.Tensor, *_: Any) -> torch.Tensor:
+        self.rows = q.shape[2]
+        return q
 
 
 @contextmanager

@@ -44,6 +44,7 @@ NEXT = "_next"  # ends the names of a decoder's methods for a further token
 PRODUCTS = ("linear", "matmul", "bmm", "mm", "addmm", "conv2d", "convolution")
 # What XNNPACK gets of the standard form. It takes a padding that depends on the length for a constant.
 PLAIN = [LinearConfig, BMMConfig, SoftmaxConfig, GeluConfig]
+NEAR = 1 / 32  # of a token's largest value: what is above is quantized apart in `_Apart`
 LEAST, GREATEST = -8, 7  # of int4, as XNNPACK and the embedding's kernel want it said
 
 Tensor = torch.Tensor
@@ -178,7 +179,8 @@ class _Linear(torch.nn.Module):
 
     def __init__(self, linear: torch.nn.Linear, precision: str) -> None:
         super().__init__()
-        self.bias, self.grouped = linear.bias, precision == "int4"
+        self.bias: torch.nn.Parameter | None = linear.bias
+        self.grouped = precision == "int4"
         values, scales = rounding.stored(linear.weight, precision)
         self.register_buffer("values", values)
         self.register_buffer("scales", scales if self.grouped else scales[:, 0].contiguous())
@@ -195,6 +197,26 @@ class _Linear(torch.nn.Module):
         else:
             weight = quantized.dequantize_per_channel(self.values, self.scales, self.zeros, 0, -127, 127, torch.int8)
         return torch.nn.functional.linear(x, weight, self.bias)
+
+
+class _Apart(torch.nn.Module):
+    """
+    A product whose rows hold a few values far above the rest, which one scale a token would round away: what they have
+    above `NEAR` is a second row with a scale of its own, through the same weights. A decoder's feed-forward layers give
+    such rows, and few of a model's products narrow as theirs do.
+    """
+
+    def __init__(self, linear: torch.nn.Linear, precision: str) -> None:
+        super().__init__()
+        self.product, self.bias = _Linear(linear, precision), linear.bias
+        self.product.bias = None  # once, not for each part
+
+    def forward(self, x: Tensor) -> Tensor:
+        near = x.abs().amax(-1, keepdim=True) * NEAR
+        low = torch.minimum(torch.maximum(x, -near), near)
+        parts = self.product(torch.stack((low, x - low), -3))
+        out: Tensor = parts.select(-3, 0) + parts.select(-3, 1)
+        return out if self.bias is None else out + self.bias
 
 
 class _Embedding(torch.nn.Module):
@@ -219,6 +241,10 @@ class _Embedding(torch.nn.Module):
         return found
 
 
+def _narrows(layer: torch.nn.Module) -> bool:
+    return isinstance(layer, torch.nn.Linear) and layer.in_features > layer.out_features
+
+
 def _integers(model: Model, precision: str) -> torch.nn.Module:
     """A copy with linears and embeddings in integers; it shares every other weight."""
     shared = {id(x): x for x in (*model.module.parameters(), *model.module.buffers())}
@@ -227,7 +253,8 @@ def _integers(model: Model, precision: str) -> torch.nn.Module:
     known, made = rounding.layers(module), {}
     for name, found in rounding.asked(model, precision).items():
         if found in rounding.MOST:
-            made[id(known[name])] = kinds[type(known[name])](known[name], found)
+            apart = model.task.kind == "next_token" and _narrows(known[name])
+            made[id(known[name])] = (_Apart if apart else kinds[type(known[name])])(known[name], found)
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if id(child) in made:

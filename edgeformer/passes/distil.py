@@ -25,7 +25,8 @@ from torch.nn import functional
 
 from ..errors import BadInput
 from ..model import Model
-from ..train import Progress, Recipe, fit, quiet, read, write
+from ..stages import Progress, quiet
+from ..train import Recipe, fit, read, write
 from . import Pass
 from .student import layer_stack
 

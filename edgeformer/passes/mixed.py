@@ -19,7 +19,7 @@ import torch
 from .. import calibration, rounding
 from ..errors import BadInput
 from ..model import Model
-from ..train import Progress, quiet
+from ..stages import Progress, quiet
 from . import Pass
 
 ROWS = 64

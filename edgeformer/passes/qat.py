@@ -18,7 +18,8 @@ from pathlib import Path
 from .. import rounding
 from ..errors import BadInput
 from ..model import Model
-from ..train import Progress, Recipe, quiet
+from ..stages import Progress, quiet
+from ..train import Recipe
 from . import Pass
 from .distil import Losses, Text, distil
 

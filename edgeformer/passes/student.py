@@ -94,7 +94,7 @@ def width(hidden: int, *, ffn: int = 0) -> Pass:
     return run
 
 
-def vocabulary(texts: Iterable[str], *, least: int = 1) -> Pass:
+def vocabulary(texts: Iterable[str | tuple[str, str]], *, least: int = 1) -> Pass:
     """
     Keeps the tokens that occur at least `least` times in `texts`, all characters and all special tokens, so that any
     text can still be written. Texts whose tokens are all kept are cut into the same pieces as before.
@@ -255,7 +255,7 @@ def _cut(x: Tensor, name: str, axes: tuple[str | None, ...], kept: dict[str, Ten
 # --- vocabulary -------------------------------------------------------------------------------------------------------
 
 
-def _tokens(tokenizer: Any, written: dict[str, Any], texts: list[str], least: int) -> list[int]:
+def _tokens(tokenizer: Any, written: dict[str, Any], texts: list[Any], least: int) -> list[int]:
     """Old ids in their old order."""
     model = written["model"]
     prefix = model["continuing_subword_prefix"]

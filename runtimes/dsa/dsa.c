@@ -9,7 +9,7 @@
 #define LOG2_E 1.44269504088896f
 #define MOST 3e38f
 #define NONE (-__builtin_inff())
-#define MAX_STRIP 32  /* queries: two vectors of AVX-512 */
+#define MAX_STRIP 64  /* queries: four vectors of AVX-512 */
 #define MAX_STRIPS 16 /* of a query block: 128 rows by two vectors of NEON */
 #define MAX_BLOCK 128 /* keys */
 
@@ -183,17 +183,29 @@ typedef struct {
     const int32_t *kept_idx, *kept_cnt;
     float *out;
     const ptrdiff_t *out_strides;
-    int pooled; /* m.k_mean holds the means of the key blocks */
+    float scale;   /* of the logits, which are in log2 */
+    int pooled;    /* m.k_mean holds the means of the key blocks */
+    int32_t whole; /* heads that one task does from start to end */
 } call;
 
 typedef void task(void *arg, int32_t i, int32_t thread);
 
+static int32_t threads_of(const dsa_parallel *p) { return p && p->run ? largest(p->threads, 1) : 1; }
+
 static void run(const dsa_parallel *p, int32_t tasks, task *t, const call *arg) {
-    if (p && p->run && p->threads > 1 && tasks > 1) {
+    if (threads_of(p) > 1 && tasks > 1) {
         p->run(p->pool, tasks, t, (void *)(uintptr_t)arg);
         return;
     }
     for (int32_t i = 0; i < tasks; i++) t((void *)(uintptr_t)arg, i, 0);
+}
+
+/* Newton's square root: sqrtf would be a libc call. */
+static float scale_of(const dsa_config *c) {
+    double root = c->dim;
+    if (c->scale != 0) return c->scale;
+    for (int32_t i = 0; i < 16; i++) root = (root + c->dim / root) / 2;
+    return (float)(1 / root);
 }
 
 static dsa_status begin(call *a, const dsa_config *c, void *work, size_t bytes, const dsa_parallel *p) {
@@ -204,6 +216,7 @@ static dsa_status begin(call *a, const dsa_config *c, void *work, size_t bytes, 
     arena place = {(char *)work + (64 - (uintptr_t)work % 64) % 64, 0};
     a->c = c;
     a->set = dsa_best();
+    a->scale = scale_of(c) * LOG2_E;
     a->m = layout(&place, c, threads);
     if (c->compute != DSA_F32 || bytes < dsa_workspace_strided(c, threads)) a->m.k_copy = a->m.v_copy = NULL;
     return DSA_OK;
@@ -229,24 +242,6 @@ static int32_t candidates(const call *a, int32_t b, int32_t i, int32_t rows) {
 static void mean_of(const dsa_kernel_set *set, const float *x, ptrdiff_t row, int32_t rows, int32_t dim, float *mean) {
     set->sums(x, row, rows, dim, mean);
     for (int32_t d = 0; d < dim; d++) mean[d] /= (float)rows;
-}
-
-/* `n` columns of mean[dim] w[dim][rank]; n is a constant where it matters, so that the sums stay in registers. */
-static inline __attribute__((always_inline)) void project_columns(const float *mean, const float *w, int32_t dim,
-                                                                  int32_t rank, const int32_t n, float *out,
-                                                                  size_t stride) {
-    float sum[16] = {0};
-    for (int32_t d = 0; d < dim; d++)
-        for (int32_t x = 0; x < n; x++) sum[x] += mean[d] * w[d * rank + x];
-    for (int32_t x = 0; x < n; x++) out[(size_t)x * stride] = sum[x];
-}
-
-/* out[x * stride] = sum over d of mean[d] * w[d][x] */
-static void project(const float *mean, const float *w, int32_t dim, int32_t rank, float *out, size_t stride) {
-    int32_t x = 0;
-    for (; x + 16 <= rank; x += 16) project_columns(mean, w + x, dim, rank, 16, out + (size_t)x * stride, stride);
-    for (; x + 8 <= rank; x += 8) project_columns(mean, w + x, dim, rank, 8, out + (size_t)x * stride, stride);
-    for (; x < rank; x++) project_columns(mean, w + x, dim, rank, 1, out + (size_t)x * stride, stride);
 }
 
 static void pool_keys(void *arg, int32_t i, int32_t thread) {
@@ -408,7 +403,7 @@ static void mass_of(const call *a, const select_scratch *s, int32_t b, int32_t l
         int32_t h = list * shared + x;
         const float *q = head_of(a->q, b, h) + (ptrdiff_t)i * c->block_q * a->q.row;
         mean_of(a->set, q, a->q.row, rows, c->dim, s->mean);
-        project(s->mean, a->scorer->wq + (size_t)h * (size_t)(c->dim * c->rank), c->dim, c->rank, s->zq, 1);
+        a->set->project(s->mean, 1, a->scorer->wq + (size_t)h * (size_t)(c->dim * c->rank), c->dim, c->rank, s->zq, 1);
         score(c, a->scorer, h, s->zq, s->zk + (size_t)x * (size_t)c->rank * (size_t)k_blocks(c), at, n, s->z);
         add_mass(s->z, n, s->mass);
     }
@@ -419,13 +414,12 @@ static void mass_of(const call *a, const select_scratch *s, int32_t b, int32_t l
 static void project_keys(const call *a, const select_scratch *s, int32_t b, int32_t list) {
     const dsa_config *c = a->c;
     int32_t shared = c->q_heads / list_heads(c), n = blocks(k_valid(a, b), c->block_k);
+    size_t stride = (size_t)k_blocks(c), dim = (size_t)c->dim, rank = (size_t)c->rank;
     for (int32_t x = 0; x < shared; x++) {
         int32_t h = list * shared + x, g = h / (c->q_heads / c->kv_heads);
-        size_t stride = (size_t)k_blocks(c), dim = (size_t)c->dim;
-        const float *mean = a->m.k_mean + (size_t)(b * c->kv_heads + g) * stride * dim;
-        for (int32_t j = 0; j < n; j++)
-            project(mean + (size_t)j * dim, a->scorer->wk + (size_t)h * dim * (size_t)c->rank, c->dim, c->rank,
-                    s->zk + (size_t)x * (size_t)c->rank * stride + j, stride);
+        a->set->project(a->m.k_mean + (size_t)(b * c->kv_heads + g) * stride * dim, n,
+                        a->scorer->wk + (size_t)h * dim * rank, c->dim, c->rank, s->zk + (size_t)x * rank * stride,
+                        (ptrdiff_t)stride);
     }
 }
 
@@ -452,9 +446,23 @@ static void select_list(void *arg, int32_t at, int32_t thread) {
     }
 }
 
+/* All lists of one (batch, kv head). */
+static void select_head(void *arg, int32_t i, int32_t thread) {
+    const call *a = arg;
+    int32_t lists = list_heads(a->c) / a->c->kv_heads;
+    if (!is_dense(a->c)) pool_keys(arg, i, thread);
+    for (int32_t x = 0; x < lists; x++) select_list(arg, i * lists + x, thread);
+}
+
+static int32_t kv_pairs(const dsa_config *c) { return c->batch * c->kv_heads; }
+
 static void select_all(const call *a, const dsa_parallel *p) {
     const dsa_config *c = a->c;
-    if (!is_dense(c)) run(p, c->batch * c->kv_heads, pool_keys, a);
+    if (kv_pairs(c) >= threads_of(p)) {
+        run(p, kv_pairs(c), select_head, a);
+        return;
+    }
+    if (!is_dense(c)) run(p, kv_pairs(c), pool_keys, a);
     run(p, c->batch * list_heads(c), select_list, a);
 }
 
@@ -496,23 +504,6 @@ static void pack_block(void *arg, int32_t i, int32_t thread) {
                    a->m.k_shift + (size_t)kv * dim, a->m.k8 + at * bytes, a->m.k_scale + at);
     a->set->pack_v(head_of(a->v, b, g) + (ptrdiff_t)j * c->block_k * a->v.row, a->v.row, keys, c->dim,
                    a->m.v_scale + (size_t)kv * dim, a->m.v8 + at * bytes, a->m.v_sum + at * dim);
-}
-
-/* Both for all blocks of one (batch, kv head), while K and V are still in the cache. */
-static void pack_head(void *arg, int32_t i, int32_t thread) {
-    int32_t n = k_blocks(((const call *)arg)->c);
-    measure_kv(arg, i, thread);
-    for (int32_t j = 0; j < n; j++) pack_block(arg, i * n + j, thread);
-}
-
-static void pack_all(const call *a, const dsa_parallel *p) {
-    int32_t heads = a->c->batch * a->c->kv_heads;
-    if (!p || heads >= p->threads) {
-        run(p, heads, pack_head, a);
-        return;
-    }
-    run(p, heads, measure_kv, a);
-    run(p, heads * k_blocks(a->c), pack_block, a);
 }
 
 /* Points the strip at key block j. */
@@ -560,7 +551,7 @@ static void weigh(const call *a, dsa_strip *t, int32_t h, int32_t keys, int32_t 
     if (!t->keys) return;
     (i8 ? a->set->qk8 : a->set->qk)(t);
     if (c->position_bias) shift_by_position(a, t, h, first_key, first_query);
-    if (c->causal && first_key + t->keys - 1 > first_query) hide_future(t, 2 * a->set->width, first_key, first_query);
+    if (c->causal && first_key + t->keys - 1 > first_query) hide_future(t, a->set->strip, first_key, first_query);
     (i8 ? a->set->softmax8 : a->set->softmax)(t);
 }
 
@@ -568,7 +559,7 @@ static void weigh(const call *a, dsa_strip *t, int32_t h, int32_t keys, int32_t 
 static dsa_strip strip_at(const call *a, const attend_scratch *s, int32_t from, int32_t rows) {
     int32_t width = a->set->width, dim = a->c->dim;
     dsa_strip t = {0};
-    t.rows = least(rows - from, 2 * width);
+    t.rows = least(rows - from, a->set->strip);
     t.lanes = (t.rows + width - 1) / width * width;
     t.dim = dim;
     t.k_row = a->k.row;
@@ -588,17 +579,8 @@ static dsa_strip strip_at(const call *a, const attend_scratch *s, int32_t from, 
     return t;
 }
 
-/* Newton's square root: sqrtf would be a libc call. */
-static float scale_of(const dsa_config *c) {
-    double root = c->dim;
-    if (c->scale != 0) return c->scale;
-    for (int32_t i = 0; i < 16; i++) root = (root + c->dim / root) / 2;
-    return (float)(1 / root);
-}
-
 static void start(const call *a, const dsa_strip *t, const float *q) {
-    const dsa_config *c = a->c;
-    (c->compute == DSA_I8 ? a->set->load8 : a->set->load)(t, q, a->q.row, scale_of(c) * LOG2_E);
+    (a->c->compute == DSA_I8 ? a->set->load8 : a->set->load)(t, q, a->q.row, a->scale);
     for (int32_t r = 0; r < t->lanes; r++) t->top[r] = -1e30f, t->sum[r] = 0;
     for (int32_t x = 0; x < t->rows * t->dim; x++) t->o[x] = 0;
 }
@@ -612,7 +594,7 @@ static void zero_rows(float *out, ptrdiff_t row, int32_t from, int32_t to, int32
 static void attend_rows(const call *a, const attend_scratch *s, int32_t b, int32_t h, int32_t first, int32_t rows,
                         const float *q, const int32_t *idx, int32_t kept, float *out) {
     const dsa_config *c = a->c;
-    int32_t strip = 2 * a->set->width, n = 0, g = h / (c->q_heads / c->kv_heads);
+    int32_t strip = a->set->strip, n = 0, g = h / (c->q_heads / c->kv_heads);
     const float *channel = c->compute == DSA_I8 ? a->m.v_scale + (size_t)(b * c->kv_heads + g) * (size_t)c->dim : NULL;
     void (*pv)(const dsa_strip *) = c->compute == DSA_I8 ? a->set->pv8 : a->set->pv;
     dsa_strip strips[MAX_STRIPS];
@@ -677,11 +659,50 @@ static call with_near_rows(const call *a, const dsa_parallel *p) {
     return near;
 }
 
+/* ---- Order of tasks: a head from start to end where that is possible, while its rows are in the cache. */
+
+/* Everything that comes before attending, for one (batch, kv head). */
+static void prepare_head(const call *a, int32_t i, int32_t thread) {
+    int32_t n = k_blocks(a->c);
+    void *arg = (void *)(uintptr_t)a;
+    if (a->idx) select_head(arg, i, thread);
+    if (a->c->compute != DSA_I8) return;
+    measure_kv(arg, i, thread);
+    for (int32_t j = 0; j < n; j++) pack_block(arg, i * n + j, thread);
+}
+
+static void prepare_last(void *arg, int32_t i, int32_t thread) {
+    const call *a = arg;
+    prepare_head(a, a->whole + i, thread);
+}
+
+/* The first tasks are whole heads, those after them single query blocks of the heads that are prepared. */
+static void attend_some(void *arg, int32_t i, int32_t thread) {
+    const call *a = arg;
+    int32_t each = a->c->q_heads / a->c->kv_heads * q_blocks(a->c);
+    if (i >= a->whole) {
+        attend_block(arg, a->whole * each + i - a->whole, thread);
+        return;
+    }
+    prepare_head(a, i, thread);
+    for (int32_t x = 0; x < each; x++) attend_block(arg, i * each + x, thread);
+}
+
+/* With several threads the last heads go block by block, so that all threads end together. */
 static void attend_all(const call *given, const dsa_parallel *p) {
-    const call near = with_near_rows(given, p), *a = &near;
-    const dsa_config *c = a->c;
-    if (c->compute == DSA_I8) pack_all(a, p);
-    run(p, c->batch * c->q_heads * q_blocks(c), attend_block, a);
+    call a = with_near_rows(given, p);
+    const dsa_config *c = a.c;
+    int32_t heads = kv_pairs(c), threads = threads_of(p), last = threads > 1 ? least(heads, threads) : 0;
+    int32_t blocks_of_last = last * (c->q_heads / c->kv_heads) * q_blocks(c);
+    a.whole = heads - last;
+    if (heads >= threads) {
+        if (a.idx || c->compute == DSA_I8) run(p, last, prepare_last, &a);
+    } else {
+        if (a.idx) select_all(&a, p);
+        if (c->compute == DSA_I8) run(p, heads, measure_kv, &a);
+        if (c->compute == DSA_I8) run(p, heads * k_blocks(c), pack_block, &a);
+    }
+    run(p, a.whole + blocks_of_last, attend_some, &a);
 }
 
 /* ---- The three entry points. */
@@ -741,7 +762,6 @@ dsa_status dsa_fused(const dsa_config *c, dsa_tensor q, dsa_tensor k, dsa_tensor
     if (status != DSA_OK) return status;
     a.kept_idx = a.idx = a.m.idx;
     a.kept_cnt = a.cnt = a.m.cnt;
-    select_all(&a, p);
     a.pooled = !is_dense(c);
     attend_all(&a, p);
     if (kept) count(&a, kept);

@@ -6,7 +6,8 @@ typedef __m256i ivec;
 typedef const float *lanes; /* a broadcast from memory costs no more than a load */
 typedef const char *ilanes;
 #define WIDTH 8
-#define ROWS 6 /* 12 accumulators of 16 registers */
+#define VECTORS 2
+#define ROWS(vectors) 6 /* 12 accumulators of 16 registers */
 #define K_SHIFT 128
 #define P_SHIFT 0
 #define vload _mm256_loadu_ps

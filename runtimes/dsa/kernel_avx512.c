@@ -7,7 +7,8 @@ typedef __m512i ivec;
 typedef const float *lanes; /* a broadcast from memory costs no more than a load */
 typedef const char *ilanes;
 #define WIDTH 16
-#define ROWS 8
+#define VECTORS 4
+#define ROWS(vectors) ((vectors) == 4 ? 6 : 8) /* 24 or 16 accumulators of 32 registers */
 #define K_SHIFT 128
 #define P_SHIFT 0
 #define vload _mm512_loadu_ps

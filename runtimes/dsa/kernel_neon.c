@@ -7,7 +7,8 @@ typedef int32x4_t ivec;
 typedef float32x4_t lanes; /* one load, then fmla by element */
 typedef int32x4_t ilanes;
 #define WIDTH 4
-#define ROWS 8
+#define VECTORS 2
+#define ROWS(vectors) 8
 #define K_SHIFT 0
 #define P_SHIFT 128 /* sdot is signed by signed */
 #define vload vld1q_f32

@@ -11,3 +11,15 @@ static void store_rows(const dsa_strip *t, const float *channel, float *out, ptr
         for (int d = 0; d < t->dim; d++) out[r * row + d] = o[d] * inverse * (channel ? channel[d] : 1);
     }
 }
+
+/* The columns of `project` from x on. */
+static void project_columns(const float *mean, int rows, const float *w, int dim, int rank, int x, float *out,
+                            ptrdiff_t stride) {
+#pragma STDC FP_CONTRACT OFF
+    for (; x < rank; x++)
+        for (int i = 0; i < rows; i++) {
+            float sum = 0;
+            for (int d = 0; d < dim; d++) sum += mean[i * dim + d] * w[d * rank + x];
+            out[x * stride + i] = sum;
+        }
+}

@@ -84,6 +84,10 @@ static void sums(const float *x, ptrdiff_t row, int rows, int dim, float *sum) {
         for (int d = 0; d < dim; d++) sum[d] += x[r * row + d];
 }
 
+static void project(const float *mean, int rows, const float *w, int dim, int rank, float *out, ptrdiff_t stride) {
+    project_columns(mean, rows, w, dim, rank, 0, out, stride);
+}
+
 static float larger(float most, float x) {
     x = x < 0 ? -x : x;
     return x > most ? x : most;
@@ -166,5 +170,5 @@ static void pv8(const dsa_strip *t) {
         }
 }
 
-const dsa_kernel_set dsa_kernels_scalar = {"scalar", WIDTH,    load_q, qk,      softmax, pv,    store_rows,
-                                           load8,    qk8,      softmax8, pv8, shift, sums, peaks, pack_k, pack_v};
+const dsa_kernel_set dsa_kernels_scalar = {"scalar", WIDTH, STRIP, load_q, qk,    softmax, pv,    store_rows, load8,
+                                           qk8,      softmax8, pv8, shift, sums,    peaks, project,    pack_k, pack_v};

@@ -1,5 +1,6 @@
 /* The vector loops, written once over the names the including file defines:
- *   vec, WIDTH, ROWS (of a register tile; the tile is ROWS x 2 vectors), vload, vstore, vset (broadcast),
+ *   vec, WIDTH, VECTORS and ROWS(vectors): register tiles are VECTORS vectors wide, 2 or 1 where there are no more, and
+ *   as high as ROWS says; vload, vstore, vset (broadcast),
  *   vadd, vsub, vmul, vmax (of two, NaN in the second wins), vfma(a, b, sum), vexponent (low bits << 23 as a float),
  *   lanes, lanes_at, lane (four consecutive floats, and one of them in every lane),
  *   vabs, vdiv, ivec, iload, istore, iset, iadd, imul, ixor, ipush(a, b) = a << 8 | (b & 255), to_float,
@@ -7,9 +8,26 @@
  *   dot4(sum, a, b) and dot4_lane(sum, a, i, b) with word i of a in every lane: four products of bytes per word,
  *   K_SHIFT and P_SHIFT: what is added to the bytes of K, subtracted from those of P, because the dot product wants
  *   one unsigned operand, the first (VNNI), or two signed ones (sdot). */
-#define STRIP (2 * WIDTH)
+#define STRIP (VECTORS * WIDTH)
 #define INLINE static inline __attribute__((always_inline))
 #define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++) /* unrolled: tiles must stay in registers */
+/* f(.., at, vectors) for n lanes or columns, in as many vectors at a time as there are. */
+#define IN_VECTORS(n, f, ...)                                                                               \
+    do {                                                                                                    \
+        int at = 0;                                                                                         \
+        for (; at + STRIP <= (n); at += STRIP) f(__VA_ARGS__, at, VECTORS);                                 \
+        for (; at + 2 * WIDTH <= (n); at += 2 * WIDTH) f(__VA_ARGS__, at, 2);                               \
+        for (; at < (n); at += WIDTH) f(__VA_ARGS__, at, 1);                                                \
+    } while (0)
+/* f(.., first, rows) for n rows, in tiles of so many. */
+#define IN_TILES(n, vectors, f, ...)                                                                        \
+    do {                                                                                                    \
+        int first = 0;                                                                                      \
+        for (; first + ROWS(vectors) <= (n); first += ROWS(vectors)) f(__VA_ARGS__, first, ROWS(vectors));  \
+        for (; first + 4 <= (n); first += 4) f(__VA_ARGS__, first, 4);                                      \
+        for (; first < (n); first++) f(__VA_ARGS__, first, 1);                                              \
+    } while (0)
+#define MOST_ROWS 8
 #include "kernel_plain.h"
 
 /* 2^x for x <= 0; below -126 it stays at 2^-126. Maximal relative error 1.7e-7 (5 terms) and 1e-4 (3 terms), from a
@@ -44,66 +62,64 @@ INLINE ivec exp2_byte(vec x) {
 #define ROUND_BITS 0x4b400000
 INLINE ivec quantised(vec x, vec scale) { return as_int(vfma(x, scale, vset(ROUND))); }
 
-/* A 4 x 4 transpose in 128-bit registers, which every vector unit has. */
+/* A 4 x 4 transpose in 128-bit registers, which every vector unit has; of floats or of whatever has their size. */
 typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
 
-INLINE void transpose4(const float *x, ptrdiff_t row, float scale, float *to) {
-    quad a = *(const quad *)x * scale, b = *(const quad *)(x + row) * scale, c = *(const quad *)(x + 2 * row) * scale,
-         d = *(const quad *)(x + 3 * row) * scale;
+INLINE void transpose4(quad a, quad b, quad c, quad d, quad to[4]) {
     quad ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
     quad ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7), cd2 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    *(quad *)(to) = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
-    *(quad *)(to + STRIP) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-    *(quad *)(to + 2 * STRIP) = __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5);
-    *(quad *)(to + 3 * STRIP) = __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7);
+    to[0] = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
+    to[1] = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    to[2] = __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5);
+    to[3] = __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7);
 }
+
+#define quad_at(p) (*(const quad *)(const void *)(p))
 
 static void load_q(const dsa_strip *t, const float *q, ptrdiff_t row, float scale) {
     int r = 0;
     for (; r + 4 <= t->rows; r += 4)
-        for (int d = 0; d < t->dim; d += 4) transpose4(q + r * row + d, row, scale, t->q + d * STRIP + r);
+        for (int d = 0; d < t->dim; d += 4) {
+            const float *x = q + r * row + d;
+            quad to[4];
+            transpose4(quad_at(x), quad_at(x + row), quad_at(x + 2 * row), quad_at(x + 3 * row), to);
+            EACH(i, 4) *(quad *)(t->q + (d + i) * STRIP + r) = to[i] * scale;
+        }
     for (; r < t->lanes; r++)
         for (int d = 0; d < t->dim; d++) t->q[d * STRIP + r] = r < t->rows ? q[r * row + d] * scale : 0;
 }
 
-/* s[first + i][..] for `rows` keys and one or two vectors of queries; high is raised while the tile is in registers. */
-INLINE void qk_tile(const dsa_strip *t, int first, const int rows, const int vectors, vec *high) {
-    vec sum[ROWS][2];
+/* s[first + i][at + ..] for `rows` keys; high is raised while the tile is in registers. */
+INLINE void qk_tile(const dsa_strip *t, int at, const int vectors, vec *high, int first, const int rows) {
+    vec sum[MOST_ROWS][VECTORS];
     const float *k = t->k + first * t->k_row;
     EACH(i, rows)
         EACH(j, vectors) sum[i][j] = vset(0.0f);
     for (int d = 0; d < t->dim; d += 4) {
-        lanes a[ROWS];
+        lanes a[MOST_ROWS];
         EACH(i, rows) a[i] = lanes_at(k + i * t->k_row + d);
         EACH(x, 4) {
-            vec b[2];
-            EACH(j, vectors) b[j] = vload(t->q + (d + x) * STRIP + j * WIDTH);
+            vec b[VECTORS];
+            EACH(j, vectors) b[j] = vload(t->q + (d + x) * STRIP + at + j * WIDTH);
             EACH(i, rows)
                 EACH(j, vectors) sum[i][j] = vfma(lane(a[i], x), b[j], sum[i][j]);
         }
     }
     EACH(i, rows)
         EACH(j, vectors) {
-            vstore(t->s + (first + i) * STRIP + j * WIDTH, sum[i][j]);
+            vstore(t->s + (first + i) * STRIP + at + j * WIDTH, sum[i][j]);
             high[j] = vmax(sum[i][j], high[j]);
         }
 }
 
-INLINE void qk_keys(const dsa_strip *t, const int vectors) {
-    vec high[2] = {vset(-1e30f), vset(-1e30f)};
-    int i = 0;
-    for (; i + ROWS <= t->keys; i += ROWS) qk_tile(t, i, ROWS, vectors, high);
-    for (; ROWS > 4 && i + 4 <= t->keys; i += 4) qk_tile(t, i, 4, vectors, high);
-    for (; i < t->keys; i++) qk_tile(t, i, 1, vectors, high);
-    EACH(j, vectors) vstore(t->high + j * WIDTH, high[j]);
+INLINE void qk_lanes(const dsa_strip *t, int at, const int vectors) {
+    vec high[VECTORS];
+    EACH(j, vectors) high[j] = vset(-1e30f);
+    IN_TILES(t->keys, vectors, qk_tile, t, at, vectors, high);
+    EACH(j, vectors) vstore(t->high + at + j * WIDTH, high[j]);
 }
 
-static void qk(const dsa_strip *t) {
-    if (t->lanes > WIDTH)
-        qk_keys(t, 2);
-    else
-        qk_keys(t, 1);
-}
+static void qk(const dsa_strip *t) { IN_VECTORS(t->lanes, qk_lanes, t); }
 
 static void shift(const dsa_strip *t, const float *by) {
     for (int at = 0; at < t->lanes; at += WIDTH) {
@@ -132,16 +148,16 @@ static void softmax(const dsa_strip *t) {
     }
 }
 
-INLINE void pv_tile(const dsa_strip *t, int row, int column, const int rows, const int vectors) {
-    vec sum[ROWS][2];
-    float *o = t->o + row * t->dim + column;
-    const float *p = t->s + row, *v = t->v + column;
+INLINE void pv_tile(const dsa_strip *t, int column, const int vectors, int first, const int rows) {
+    vec sum[MOST_ROWS][VECTORS];
+    float *o = t->o + first * t->dim + column;
+    const float *p = t->s + first, *v = t->v + column;
     EACH(i, rows)
         EACH(j, vectors)
-            sum[i][j] = vmul(vload(o + i * t->dim + j * WIDTH), vset(t->alpha[row + i]));
+            sum[i][j] = vmul(vload(o + i * t->dim + j * WIDTH), vset(t->alpha[first + i]));
     for (int key = 0; key < t->keys; key++) {
-        vec b[2];
-        lanes a[(ROWS + 3) / 4];
+        vec b[VECTORS];
+        lanes a[(MOST_ROWS + 3) / 4];
         EACH(j, vectors) b[j] = vload(v + key * t->v_row + j * WIDTH);
         EACH(i, (rows + 3) / 4) a[i] = lanes_at(p + key * STRIP + 4 * i);
         EACH(i, rows)
@@ -151,24 +167,23 @@ INLINE void pv_tile(const dsa_strip *t, int row, int column, const int rows, con
         EACH(j, vectors) vstore(o + i * t->dim + j * WIDTH, sum[i][j]);
 }
 
-INLINE void pv_rows(const dsa_strip *t, int column, const int vectors) {
-    int r = 0;
-    for (; r + ROWS <= t->rows; r += ROWS) pv_tile(t, r, column, ROWS, vectors);
-    for (; ROWS > 4 && r + 4 <= t->rows; r += 4) pv_tile(t, r, column, 4, vectors);
-    for (; r < t->rows; r++) pv_tile(t, r, column, 1, vectors);
+INLINE void pv_columns(const dsa_strip *t, int column, const int vectors) {
+    IN_TILES(t->rows, vectors, pv_tile, t, column, vectors);
 }
 
-static void pv(const dsa_strip *t) {
-    int d = 0;
-    for (; d + STRIP <= t->dim; d += STRIP) pv_rows(t, d, 2);
-    for (; d < t->dim; d += WIDTH) pv_rows(t, d, 1);
-}
+static void pv(const dsa_strip *t) { IN_VECTORS(t->dim, pv_columns, t); }
+
+/* These two are the first to touch K, V and, selecting, Q: they ask for rows before they need them. */
+#define AHEAD 8
+#define ask_for(x, j) (j * WIDTH % 16 == 0 ? __builtin_prefetch((x) + j * WIDTH, 0, 2) : (void)0)
 
 INLINE void column_sums(const float *x, ptrdiff_t row, int rows, const int vectors, float *sum) {
     vec total[4];
     EACH(j, vectors) total[j] = vset(0.0f);
-    for (int r = 0; r < rows; r++)
+    for (int r = 0; r < rows; r++) {
+        EACH(j, vectors) ask_for(x + (r + AHEAD) * row, j);
         EACH(j, vectors) total[j] = vadd(total[j], vload(x + r * row + j * WIDTH));
+    }
     EACH(j, vectors) vstore(sum + j * WIDTH, total[j]);
 }
 
@@ -181,9 +196,10 @@ static void sums(const float *x, ptrdiff_t row, int rows, int dim, float *sum) {
 /* most[j] = largest |x - middle| of each column; four independent chains hide the latency of max. */
 INLINE void column_peaks(const float *x, ptrdiff_t row, int rows, const int vectors, const vec *middle, vec *most) {
     EACH(j, vectors) most[j] = vset(0.0f);
-    for (int r = 0; r < rows; r++)
-        EACH(j, vectors)
-            most[j] = vmax(most[j], vabs(vsub(vload(x + r * row + j * WIDTH), middle[j])));
+    for (int r = 0; r < rows; r++) {
+        EACH(j, vectors) ask_for(x + (r + AHEAD) * row, j);
+        EACH(j, vectors) most[j] = vmax(most[j], vabs(vsub(vload(x + r * row + j * WIDTH), middle[j])));
+    }
 }
 
 static void peaks(const float *x, ptrdiff_t row, int rows, int dim, float *peak) {
@@ -200,26 +216,93 @@ static void peaks(const float *x, ptrdiff_t row, int rows, int dim, float *peak)
     }
 }
 
-/* int8. One scale per query; in place, since word d/4 is written after its four floats were read. */
-static void load8(const dsa_strip *t, const float *q, ptrdiff_t row, float scale) {
-    load_q(t, q, row, 1.0f);
-    for (int at = 0; at < t->lanes; at += WIDTH) {
-        vec peak = vset(1e-30f);
-        ivec sum = iset((int32_t)((uint32_t)-t->dim * ROUND_BITS));
-        for (int d = 0; d < t->dim; d++) peak = vmax(peak, vabs(vload(t->q + d * STRIP + at)));
-        vstore(t->q_scale + at, vmul(peak, vset(scale / 127)));
-        vec inverse = vdiv(vset(127.0f), peak);
-        for (int d = 0; d < t->dim; d += 4) {
-            ivec packed = iset(0);
-            for (int x = 4; x-- > 0;) {
-                ivec a = quantised(vload(t->q + (d + x) * STRIP + at), inverse);
-                sum = iadd(sum, a);
-                packed = ipush(packed, a);
-            }
-            istore(t->q8 + d / 4 * STRIP + at, packed);
+/* The tile of a product whose terms are added unfused; `rows` of mean by one or two vectors of w. */
+INLINE void project_tile(const float *mean, const float *w, int dim, int rank, const int rows, const int vectors,
+                         float *out, ptrdiff_t stride) {
+    vec sum[4][2];
+    float row[2 * WIDTH];
+    EACH(i, rows)
+        EACH(j, vectors) sum[i][j] = vset(0.0f);
+    for (int d = 0; d < dim; d++)
+        EACH(j, vectors) {
+            vec b = vload(w + d * rank + j * WIDTH);
+            EACH(i, rows) sum[i][j] = vadd(sum[i][j], vmul(vset(mean[i * dim + d]), b));
         }
-        istore(t->q_sum + at, sum);
+    EACH(i, rows) {
+        EACH(j, vectors) vstore(row + j * WIDTH, sum[i][j]);
+        for (int x = 0; x < vectors * WIDTH; x++) out[x * stride + i] = row[x];
     }
+}
+
+INLINE void project_rows(const float *mean, int rows, const float *w, int dim, int rank, const int vectors, float *out,
+                         ptrdiff_t stride) {
+    int i = 0;
+    for (; i + 4 <= rows; i += 4) project_tile(mean + i * dim, w, dim, rank, 4, vectors, out + i, stride);
+    for (; i < rows; i++) project_tile(mean + i * dim, w, dim, rank, 1, vectors, out + i, stride);
+}
+
+static void project(const float *mean, int rows, const float *w, int dim, int rank, float *out, ptrdiff_t stride) {
+    int x = 0;
+    for (; x + 2 * WIDTH <= rank; x += 2 * WIDTH) project_rows(mean, rows, w + x, dim, rank, 2, out + x * stride, stride);
+    for (; x + WIDTH <= rank; x += WIDTH) project_rows(mean, rows, w + x, dim, rank, 1, out + x * stride, stride);
+    project_columns(mean, rows, w, dim, rank, x, out, stride);
+}
+
+/* Of numbers that are not negative, which are ordered as their bits are. */
+INLINE quad quad_max(quad a, quad b) {
+    typedef int32_t words __attribute__((vector_size(16)));
+    const words x = (words)a, y = (words)b, first = x > y;
+    return (quad)((x & first) | (y & ~first));
+}
+
+/* int8. The largest |x| of each of four rows, of which the last may be missing. */
+INLINE quad row_peaks(const float *q, ptrdiff_t row, int rows, int dim) {
+    float lane[4][WIDTH];
+    quad most[4];
+    EACH(i, 4) {
+        vec peak = vset(1e-30f);
+        for (int d = 0; d < dim && i < rows; d += WIDTH) peak = vmax(peak, vabs(vload(q + i * row + d)));
+        vstore(lane[i], peak);
+        most[i] = quad_at(lane[i]);
+        for (int x = 4; x < WIDTH; x += 4) most[i] = quad_max(most[i], quad_at(lane[i] + x));
+    }
+    transpose4(most[0], most[1], most[2], most[3], most);
+    return quad_max(quad_max(most[0], most[1]), quad_max(most[2], most[3]));
+}
+
+INLINE void quantise_row(const float *x, int dim, float peak, int8_t *to) {
+    const vec inverse = vset(127 / peak);
+    for (int d = 0; d < dim; d += WIDTH) store_bytes(to + d, quantised(vload(x + d), inverse));
+}
+
+/* Four rows of bytes to columns of words. */
+INLINE void transpose_words(const int8_t *x, int dim, int32_t *to) {
+    for (int d = 0; d < dim; d += 16, x += 16, to += 4 * STRIP) {
+        quad word[4];
+        transpose4(quad_at(x), quad_at(x + dim), quad_at(x + 2 * dim), quad_at(x + 3 * dim), word);
+        EACH(i, 4) *(quad *)(void *)(to + i * STRIP) = word[i];
+    }
+}
+
+INLINE void q_sums(const dsa_strip *t, int at, const int vectors) {
+    ivec sum[VECTORS];
+    EACH(j, vectors) sum[j] = iset(0);
+    for (int d = 0; d < t->dim / 4; d++)
+        EACH(j, vectors) sum[j] = dot4(sum[j], iset(0x01010101), iload(t->q8 + d * STRIP + at + j * WIDTH));
+    EACH(j, vectors) istore(t->q_sum + at + j * WIDTH, sum[j]);
+}
+
+/* One scale per query. Rows become bytes before they are transposed: a quarter of the work. */
+static void load8(const dsa_strip *t, const float *q, ptrdiff_t row, float scale) {
+    const int dim = t->dim;
+    int8_t bytes[4 * 256] = {0};
+    for (int r = 0; r < t->lanes; r += 4) {
+        quad peak = row_peaks(q + r * row, row, t->rows - r, dim);
+        *(quad *)(t->q_scale + r) = peak * (scale / 127);
+        EACH(i, 4) quantise_row(q + (r + i) * row, r + i < t->rows ? dim : 0, peak[i], bytes + i * dim);
+        transpose_words(bytes, dim, t->q8 + r);
+    }
+    IN_VECTORS(t->lanes, q_sums, t);
 }
 
 /* The largest |k - mean| of a block. */
@@ -273,46 +356,41 @@ static void pack_v(const float *v, ptrdiff_t row, int keys, int dim, const float
 }
 
 /* The same tiles as above over words of four bytes. */
-INLINE void qk8_tile(const dsa_strip *t, int first, const int rows, const int vectors, vec *high) {
-    ivec sum[ROWS][2];
+INLINE void qk8_tile(const dsa_strip *t, int at, const int vectors, vec *high, int first, const int rows) {
+    ivec sum[MOST_ROWS][VECTORS];
     const int8_t *k = t->k8 + first * t->dim;
-    EACH(i, rows)
-        EACH(j, vectors) sum[i][j] = K_SHIFT ? imul(iload(t->q_sum + j * WIDTH), iset(-K_SHIFT)) : iset(0);
+    EACH(j, vectors) {
+        ivec start = K_SHIFT ? imul(iload(t->q_sum + at + j * WIDTH), iset(-K_SHIFT)) : iset(0);
+        EACH(i, rows) sum[i][j] = start;
+    }
     for (int d = 0; d < t->dim; d += 16) {
-        ilanes a[ROWS];
+        ilanes a[MOST_ROWS];
         EACH(i, rows) a[i] = ilanes_at(k + i * t->dim + d);
         EACH(x, 4) {
-            ivec b[2];
-            EACH(j, vectors) b[j] = iload(t->q8 + (d / 4 + x) * STRIP + j * WIDTH);
+            ivec b[VECTORS];
+            EACH(j, vectors) b[j] = iload(t->q8 + (d / 4 + x) * STRIP + at + j * WIDTH);
             EACH(i, rows)
                 EACH(j, vectors) sum[i][j] = dot4_lane(sum[i][j], a[i], x, b[j]);
         }
     }
     EACH(j, vectors) {
-        vec scale = vmul(vload(t->q_scale + j * WIDTH), vset(t->k_scale));
+        vec scale = vmul(vload(t->q_scale + at + j * WIDTH), vset(t->k_scale));
         EACH(i, rows) {
             vec s = vmul(to_float(sum[i][j]), scale);
-            vstore(t->s + (first + i) * STRIP + j * WIDTH, s);
+            vstore(t->s + (first + i) * STRIP + at + j * WIDTH, s);
             high[j] = vmax(s, high[j]);
         }
     }
 }
 
-INLINE void qk8_keys(const dsa_strip *t, const int vectors) {
-    vec high[2] = {vset(-1e30f), vset(-1e30f)};
-    int i = 0;
-    for (; i + ROWS <= t->keys; i += ROWS) qk8_tile(t, i, ROWS, vectors, high);
-    for (; ROWS > 4 && i + 4 <= t->keys; i += 4) qk8_tile(t, i, 4, vectors, high);
-    for (; i < t->keys; i++) qk8_tile(t, i, 1, vectors, high);
-    EACH(j, vectors) vstore(t->high + j * WIDTH, high[j]);
+INLINE void qk8_lanes(const dsa_strip *t, int at, const int vectors) {
+    vec high[VECTORS];
+    EACH(j, vectors) high[j] = vset(-1e30f);
+    IN_TILES(t->keys, vectors, qk8_tile, t, at, vectors, high);
+    EACH(j, vectors) vstore(t->high + at + j * WIDTH, high[j]);
 }
 
-static void qk8(const dsa_strip *t) {
-    if (t->lanes > WIDTH)
-        qk8_keys(t, 2);
-    else
-        qk8_keys(t, 1);
-}
+static void qk8(const dsa_strip *t) { IN_VECTORS(t->lanes, qk8_lanes, t); }
 
 /* The next `keys` (at most 4) probabilities of a vector of queries as bytes; missing ones are 0. */
 INLINE ivec p_words(const float *s, const int keys, vec from) {
@@ -348,41 +426,34 @@ static void softmax8(const dsa_strip *t) {
     }
 }
 
-INLINE void pv8_tile(const dsa_strip *t, int row, int column, const int rows, const int vectors) {
-    ivec sum[ROWS][2];
+INLINE void pv8_tile(const dsa_strip *t, int column, const int vectors, int first, const int rows) {
+    ivec sum[MOST_ROWS][VECTORS];
     EACH(j, vectors) {
         ivec start = P_SHIFT ? imul(iload(t->v_sum + column + j * WIDTH), iset(P_SHIFT)) : iset(0);
         EACH(i, rows) sum[i][j] = start;
     }
     for (int group = 0; group < (t->keys + 3) / 4; group++) {
-        ivec b[2];
-        ilanes a[(ROWS + 3) / 4];
+        ivec b[VECTORS];
+        ilanes a[(MOST_ROWS + 3) / 4];
         EACH(j, vectors) b[j] = iload(t->v8 + (group * t->dim + column + j * WIDTH) * 4);
-        EACH(i, (rows + 3) / 4) a[i] = ilanes_at(t->p8 + group * STRIP + row + 4 * i);
+        EACH(i, (rows + 3) / 4) a[i] = ilanes_at(t->p8 + group * STRIP + first + 4 * i);
         EACH(i, rows)
             EACH(j, vectors) sum[i][j] = dot4_lane(sum[i][j], a[i / 4], i % 4, b[j]);
     }
     EACH(i, rows)
         EACH(j, vectors) {
-            float *o = t->o + (row + i) * t->dim + column + j * WIDTH;
-            vec fresh = vmul(to_float(sum[i][j]), vset(t->beta[row + i]));
-            vstore(o, vfma(vload(o), vset(t->alpha[row + i]), fresh));
+            float *o = t->o + (first + i) * t->dim + column + j * WIDTH;
+            vec fresh = vmul(to_float(sum[i][j]), vset(t->beta[first + i]));
+            vstore(o, vfma(vload(o), vset(t->alpha[first + i]), fresh));
         }
 }
 
-INLINE void pv8_rows(const dsa_strip *t, int column, const int vectors) {
-    int r = 0;
-    for (; r + ROWS <= t->rows; r += ROWS) pv8_tile(t, r, column, ROWS, vectors);
-    for (; ROWS > 4 && r + 4 <= t->rows; r += 4) pv8_tile(t, r, column, 4, vectors);
-    for (; r < t->rows; r++) pv8_tile(t, r, column, 1, vectors);
+INLINE void pv8_columns(const dsa_strip *t, int column, const int vectors) {
+    IN_TILES(t->rows, vectors, pv8_tile, t, column, vectors);
 }
 
-static void pv8(const dsa_strip *t) {
-    int d = 0;
-    for (; d + STRIP <= t->dim; d += STRIP) pv8_rows(t, d, 2);
-    for (; d < t->dim; d += WIDTH) pv8_rows(t, d, 1);
-}
+static void pv8(const dsa_strip *t) { IN_VECTORS(t->dim, pv8_columns, t); }
 
 #define KERNEL_SET(set)                                                                                         \
-    const dsa_kernel_set dsa_kernels_##set = {#set,  WIDTH,    load_q, qk,      softmax, pv,     store_rows, \
-                                              load8, qk8, softmax8, pv8, shift, sums, peaks, pack_k, pack_v}
+    const dsa_kernel_set dsa_kernels_##set = {#set,  WIDTH, STRIP,    load_q, qk,      softmax, pv,     store_rows, \
+                                              load8, qk8, softmax8, pv8, shift, sums, peaks, project, pack_k, pack_v}

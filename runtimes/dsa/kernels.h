@@ -7,7 +7,7 @@
 enum { DSA_CPU_AVX2 = 1, DSA_CPU_AVX512 = 2, DSA_CPU_VNNI = 4, DSA_CPU_NEON = 8, DSA_CPU_DOTPROD = 16 };
 unsigned dsa_cpu(void);
 
-/* A strip is two vectors of queries: one query per lane. Logits are computed transposed, [key][query], so that
+/* A strip is some vectors of queries: one query per lane. Logits are computed transposed, [key][query], so that
  * K and V are read where they are, softmax needs no horizontal step, and P is already the packed operand of PV. */
 typedef struct {
     int32_t rows, lanes; /* queries; the same rounded up to whole vectors */
@@ -29,7 +29,7 @@ typedef struct {
 
 typedef struct {
     const char *name;
-    int32_t width; /* floats in a vector */
+    int32_t width, strip; /* floats in a vector, queries in a strip */
     void (*load)(const dsa_strip *t, const float *q, ptrdiff_t row, float scale); /* q[rows][dim] into the strip */
     void (*qk)(const dsa_strip *t);                                               /* s and high */
     void (*softmax)(const dsa_strip *t);                                          /* s, top, sum, alpha */
@@ -45,6 +45,8 @@ typedef struct {
     /* Per column of x[rows][dim], in row order: the sum, and the largest |x| */
     void (*sums)(const float *x, ptrdiff_t row, int rows, int dim, float *sum);
     void (*peaks)(const float *x, ptrdiff_t row, int rows, int dim, float *peak);
+    /* out[x * stride + i] = sum over d of mean[i][d] * w[d][x], in order and unfused: the same bits on every CPU */
+    void (*project)(const float *mean, int rows, const float *w, int dim, int rank, float *out, ptrdiff_t stride);
     /* One key block: k8 = (k - mean) / *k_scale; v8 = v / scale, v_sum its sum over the keys */
     void (*pack_k)(const float *k, ptrdiff_t row, int keys, int dim, const float *mean, int8_t *k8, float *k_scale);
     void (*pack_v)(const float *v, ptrdiff_t row, int keys, int dim, const float *scale, int8_t *v8, int32_t *v_sum);

@@ -6,7 +6,8 @@ it needs an idle machine, and says the load.
 
 Sparse rows are `fused` (scoring and attention), one theta for all heads, bisected to the kept fraction. "Of peak" is
 the share of register-only multiply-adds; two libraries' matrix product of 1024^3, which has no softmax in it, stands
-next to it. The break-even is the kept fraction at which sparse takes as long as our own dense attention.
+next to it. The break-even is the kept fraction at which sparse takes as long as our own dense attention. "score" is
+selection alone, which reads all of Q and K; in one call with attention they are read anyway, so scoring adds less.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ from edgeformer.attention import kernel, onnx_function
 from edgeformer.attention.reference import Config, Scorer
 
 HEADS, RANK, KEPT = 12, 32, (0.5, 0.25, 0.125)
+LAYERS = 8  # of one run, when threads are compared
 PRODUCT = 1024  # rows, columns and depth
 SCORED = "scored, all kept"  # what a threshold of 0 costs
 OF_PEAK = 0.77  # least share of the FMA peak: f32 dense, D 64, from 1,024 tokens
@@ -78,31 +80,51 @@ def products() -> list[Entry]:
     ]
 
 
-def session(graph: Any, domain: str, threads: int, library: str | None = None) -> Any:
-    """Of ONNX Runtime, which lends its own threads to the nodes."""
-    opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid(domain, 1)]
+def in_runtime(
+    node: Any,
+    operands: dict[str, Any],
+    threads: int,
+    layers: int,
+    weights: Sequence[Any] = (),
+    library: str | None = None,
+) -> Callable[[], Any]:
+    """
+    Runs a node `layers` times, into arrays that are there: ONNX Runtime wakes its threads once per run and asks the
+    system for memory, and a model has many layers to spread that over.
+    """
+    shape = list(operands["q"].shape)
+    outs = {f"o{i}": np.empty(shape, np.float32) for i in range(layers)}
+    nodes = [onnx.helper.make_node(node.op_type, node.input, [o], domain=node.domain) for o in outs]
+    for copy in nodes:
+        copy.attribute.extend(node.attribute)
+    values = (
+        [onnx.helper.make_tensor_value_info(x, onnx.TensorProto.FLOAT, shape) for x in xs] for xs in (operands, outs)
+    )
+    opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid(node.domain, 1)]
+    graph = onnx.helper.make_graph(nodes, "attention", *values, weights)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # equal layers are not one
     options.add_session_config_entry("session.force_spinning_stop", "1")  # else a pool waits on the next one's core
     if library:
         options.register_custom_ops_library(library)
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    opened = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    places = opened.io_binding()
+    for name, x in operands.items():
+        places.bind_cpu_input(name, x)
+    for name, x in outs.items():
+        places.bind_output(name, "cpu", 0, np.float32, shape, x.ctypes.data)
+    keep = (operands, outs)
+    return lambda: (opened.run_with_iobinding(places), keep)
 
 
-def value(name: str, shape: list[int]) -> Any:
-    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
-
-
-def ort_attention(q: Any, k: Any, v: Any, threads: int = 1) -> Callable[[], Any]:
+def ort_attention(q: Any, k: Any, v: Any, threads: int = 1, layers: int = 1) -> Callable[[], Any]:
     """MultiHeadAttention wants [B, N, H * D] and transposes by itself; that is part of what it costs."""
     batch, heads, n, dim = q.shape
-    shape = [batch, n, heads * dim]
     node = onnx.helper.make_node("MultiHeadAttention", ["q", "k", "v"], ["o"], domain="com.microsoft", num_heads=heads)
-    graph = onnx.helper.make_graph([node], "attention", [value(x, shape) for x in "qkv"], [value("o", shape)])
-    packed = {x: np.ascontiguousarray(t.swapaxes(1, 2)).reshape(shape) for x, t in zip("qkv", (q, k, v), strict=True)}
-    opened = session(graph, "com.microsoft", threads)
-    return lambda: opened.run(None, packed)
+    rows = {x: t.swapaxes(1, 2).reshape(batch, n, heads * dim) for x, t in zip("qkv", (q, k, v), strict=True)}
+    return in_runtime(node, rows, threads, layers)
 
 
 def peak() -> tuple[Callable[[], Any], int]:
@@ -166,8 +188,8 @@ class Case(NamedTuple):
         config = kernel.config(replace(self.c, rule=0), self.q, self.k, scorer, compute)
         return kernel.prepare("dsa_fused", config, (*tensors, kernel.scorer(scorer), none), (*to, None))
 
-    def in_runtime(self, compute: int, scorer: Scorer, threads: int, dense: bool) -> Callable[[], Any]:
-        """The operator as a node in ONNX Runtime, whose threads do the work."""
+    def node(self, compute: int, scorer: Scorer, threads: int, layers: int, dense: bool) -> Callable[[], Any]:
+        """The operator in ONNX Runtime, whose threads do the work."""
         operands = dict(zip("qkv", (self.q, self.k, self.v), strict=True))
         weights = [onnx.numpy_helper.from_array(np.ascontiguousarray(x), name) for name, x in scorer._asdict().items()]
         node = onnx.helper.make_node(
@@ -178,10 +200,7 @@ class Case(NamedTuple):
             compute=compute,
             dense_below=2**30 if dense else 0,
         )
-        shape = list(self.q.shape)
-        graph = onnx.helper.make_graph([node], "dsa", [value(x, shape) for x in "qkv"], [value("o", shape)], weights)
-        opened = session(graph, onnx_function.DOMAIN, threads, str(native.binding("onnx")))
-        return lambda: opened.run(None, operands)
+        return in_runtime(node, operands, threads, layers, weights, str(native.binding("onnx")))
 
     def score(self, scorer: Scorer) -> Callable[[], None]:
         lists, none = kernel.empty_lists(self.c, self.q, self.k), kernel.lengths(None, None)
@@ -289,27 +308,32 @@ def _goals(e: Entry, n: int, dim: int, best: str) -> tuple[float | None, float |
 def _break_evens(
     n: int, dim: int, sets: list[str], todo: list[Entry], times: Times, console: Console
 ) -> list[dict[str, Any]]:
-    half, found = next(e.kept for e in todo if e.name == "f32 0.5"), []
+    half, found, ort = next(e.kept for e in todo if e.name == "f32 0.5"), [], times[None, "ort"]
     for kernels in sets:
         for precision in ("f32", "i8"):
             kept = break_even(times, kernels, precision, half)
+            all_kept, dense = (ratio(times[kernels, f"{precision} {x}"], ort) for x in (SCORED, "dense"))
             goal = BREAK_EVEN if n >= 512 and kernels == sets[0] else None
-            console.print(f"  {kernels} {precision}: sparse breaks even at {kept:.3f} kept {verdict(kept, goal)}")
-            found.append({"n": n, "dim": dim, "kernels": kernels, "what": f"{precision} break-even", "kept": kept})
+            console.print(
+                f"  {kernels} {precision}: sparse breaks even at {kept:.3f} kept {verdict(kept, goal)}; "
+                f"scoring adds {all_kept - dense:.1%} of ORT to dense"
+            )
+            line = {"n": n, "dim": dim, "kernels": kernels, "what": f"{precision} break-even", "kept": kept}
+            found.append(line | {"scoring_of_ort": all_kept - dense})
     return found
 
 
 def scaling(n: int, dim: int, threads: int, seconds: float, console: Console) -> list[dict[str, Any]]:
-    """Several threads of ONNX Runtime against one, by the wall clock, the operator through its binding."""
+    """Several threads of ONNX Runtime against one, by the wall clock, the operator through its binding; per layer."""
     x = case(n, dim)
     scorer, _ = x.keeping(0.25)
     todo = []  # one and several take turns: a pool that has just worked spins for a while
     for t in (1, threads):
-        todo.append(Entry(None, f"ort {t}", 1.0, ort_attention(x.q, x.k, x.v, t), x.operations))
+        todo.append(Entry(None, f"ort {t}", 1.0, ort_attention(x.q, x.k, x.v, t, LAYERS), x.operations))
     for compute, precision in ((kernel.F32, "f32"), (kernel.I8, "i8")):
         for kept in (1.0, 0.25):
             for t in (1, threads):
-                run = x.in_runtime(compute, scorer, t, dense=kept == 1)
+                run = x.node(compute, scorer, t, LAYERS, dense=kept == 1)
                 todo.append(
                     Entry(None, f"{precision} {'dense' if kept == 1 else kept} {t}", kept, run, kept * x.operations)
                 )
@@ -320,7 +344,7 @@ def scaling(n: int, dim: int, threads: int, seconds: float, console: Console) ->
     found = []
     for what in ("ort", "f32 dense", "f32 0.25", "i8 dense", "i8 0.25"):
         one, several = (times[None, f"{what} {t}"] for t in (1, threads))
-        ms, speed = [1e3 * float(np.median(x)) for x in (one, several)], ratio(one, several)
+        ms, speed = [1e3 / LAYERS * float(np.median(x)) for x in (one, several)], ratio(one, several)
         goal = TWO_THREADS if what != "ort" and threads == 2 else None
         table.add_row(what, *(f"{x:.3f}" for x in ms), f"{speed:.2f}", verdict(speed, goal))
         found.append({"n": n, "dim": dim, "what": what, "threads": threads, "ms": ms, "speedup": speed, "goal": goal})

@@ -1,4 +1,4 @@
-"""Text for `quality.py`: docstrings of installed packages to train on, prose and design documents to test on."""
+"""Text for `quality.py`: docstrings, package descriptions and novels to train on, other kinds to test on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import ast
 import json
 import random
 from collections.abc import Iterable, Iterator
+from importlib import metadata
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +48,24 @@ def novels(data: Path, tokenizer: Any, length: int, count: int) -> list[Any]:
     return _filled(passages, tokenizer, length, count)
 
 
+def descriptions(seed: int = 0) -> Iterator[str]:
+    """What installed packages say about themselves, mostly Markdown, in a seeded order."""
+    names = sorted({str(found.metadata["Name"]) for found in metadata.distributions() if found.metadata["Name"]})
+    random.Random(seed).shuffle(names)
+    for name in names:
+        about = metadata.metadata(name)
+        text = about.get_payload() or about["Description"] or ""
+        if isinstance(text, str) and len(text) >= MIN_CHARACTERS:
+            yield text
+
+
 def varied(data: Path, tokenizer: Any, length: int, count: int) -> list[Any]:
-    """Docstrings and novels in turn: thresholds from one kind of text keep another share of another kind."""
-    ours, others = training(tokenizer, length, count), novels(data, tokenizer, length, count // 2)
-    mixed = [x for pair in zip(ours, others, strict=False) for x in pair]
-    return (mixed + ours[len(others) :])[:count]
+    """
+    Docstrings, novels and descriptions in turn: thresholds from one kind of text keep another share of another kind.
+    """
+    others = [novels(data, tokenizer, length, count // 3), _filled(descriptions(), tokenizer, length, count // 3)]
+    ours = training(tokenizer, length, count - sum(map(len, others)))
+    return [x for kinds in zip_longest(ours, *others) for x in kinds if x is not None]
 
 
 def _filled(texts: Iterable[str], tokenizer: Any, length: int, count: int) -> list[Any]:

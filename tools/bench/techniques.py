@@ -35,13 +35,15 @@ from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from edgeformer import data, evaluate, formats, model as models, page, plot, train  # noqa: E402
+from edgeformer import budget, check, data, evaluate, formats, model as models, page, plot, recipe, train  # noqa: E402
 from edgeformer.attention import dsa, swap  # noqa: E402
 from edgeformer.errors import BadInput, ExportError  # noqa: E402
 from edgeformer.model import Model  # noqa: E402
-from edgeformer.passes import depth, distil, dynamic, mixed, prune, qat, sparsify, student, unstructured  # noqa: E402
+from edgeformer.passes import depth, distil, dynamic, mixed, prune, qat, student, unstructured  # noqa: E402
+from edgeformer.plan import plans  # noqa: E402
 from edgeformer.program import Program  # noqa: E402
 from edgeformer.train import Recipe  # noqa: E402
+from edgeformer.workshop import Workshop  # noqa: E402
 from tools.bench import peak_memory, shelf, turns  # noqa: E402
 
 TASKS = {"sst2": "minilm-sst2", "stsb": "minilm-stsb"}
@@ -51,20 +53,24 @@ CALIBRATION_ROWS, TIMED_ROWS, ROUNDS, PEAK_ROWS = 512, 60, 5, 20
 # figures. What a row really took stands in its line.
 SECONDS_A_TEXT = {"sst2": 0.010, "stsb": 0.020}
 RATE, ROUNDED_RATE, BATCH = 3e-4, 2e-5, 32
-BLOCK = 64
-WIDTH = 100
-HEADS = ("technique", "runtime", ">M par.", ">x", ">paper", ">score", ">%", ">paper", ">MB", ">peak MB")
-MISSING = ""
+COMBINED = "paper-combined"
+WIDTH = 100  # where there is no terminal
+HEADS = ("technique", "runtime", ">M par.", ">x", ">score", ">%", "paper", ">MB", ">peak MB", ">CPU min")
 
 Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says, where it is known here; the rest stays empty."""
+    """What the paper says, where it is known here: of sparse attention, and of all together. The rest stays empty."""
 
     speedup: float | None = None
     percent: float | None = None  # of the baseline's score
+
+    @property
+    def said(self) -> str:
+        known = (f"{value:g}{unit}" for value, unit in ((self.speedup, "x"), (self.percent, "%")) if value is not None)
+        return " ".join(known)
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,10 @@ class Bench:
     @cached_property
     def dev(self) -> data.Rows:
         return data.load(self.model, self.folder / "dev.tsv", self.task, most=10_000)
+
+    def read(self, model: Model) -> data.Rows:
+        """The dev rows, by the tokenizer of a model whose vocabulary may be cut."""
+        return self.dev if model.tokenizer is self.model.tokenizer else replace(self, model=model).dev
 
     def learned(self, model: Model, losses: distil.Losses) -> Model:
         """Distilled from the unmodified model, within the minutes."""
@@ -138,6 +148,7 @@ class Line:
     cpu_ms: float = 0.0
     speedup: float = 0.0
     made_cpu_s: float = 0.0  # of the passes, training included
+    layers_run: dict[str, float] | None = None  # where it depends on the row: least, mean, most, of how many
     facts: dict[str, Any] | None = None
     absent: str = ""
 
@@ -183,18 +194,26 @@ def distilled(losses: distil.Losses) -> Callable[[Bench], Model]:
     return make
 
 
-def combined(bench: Bench) -> Model:
-    """Pruned and distilled; int8 comes with the export. Attention stays dense at this length, see `sparse`."""
-    pruned = prune.structured(bench.rows, keep=0.6)(bench.model)
-    return bench.learned(pruned, distil.Losses(response=1.0))
+def cooked(name: str) -> Callable[[Bench], Model]:
+    """As `edgeformer build --recipe` makes it of the training file."""
+
+    def make(bench: Bench) -> Model:
+        asked, file = recipe.load(name), bench.folder / "train.tsv"
+        kitchen = budget.kitchen(bench.model, None, file, bench.task, bench.work / "recipes", train.quiet)
+        return with_attention(bench, recipe.cook(asked, kitchen, bench.model), asked.attention, asked.budget)
+
+    return make
 
 
 def sparse(bench: Bench) -> Model:
-    """By the rule that `edgeformer.build` has: dense where the longest row has too few blocks to choose from."""
-    longest = max(len(row["input_ids"]) for row in bench.dev.rows)
-    if longest < sparsify.FEWEST_BLOCKS * BLOCK:
-        return bench.model
-    return sparsify.dsa(bench.rows.rows, block=BLOCK)(bench.model)
+    return with_attention(bench, bench.model, "dsa", 0.5)
+
+
+def with_attention(bench: Bench, model: Model, attention: str, kept: float) -> Model:
+    """Dense or sparse by the rule of `edgeformer.build`, which refuses rows that are too short."""
+    (plan,) = plans("host", ["onnx"], None)
+    rows = bench.read(model)
+    return Workshop(rows, (), check.gate(None), train.quiet).fitted(model, plan, attention, kept)
 
 
 class Linear(torch.nn.Module):
@@ -251,9 +270,9 @@ def techniques() -> Iterator[Technique]:
     yield Technique("structured pruning", structured, formats=both, note="60 % of heads and columns, no training")
     yield Technique("unstructured pruning", zeros, note="half of the weights are 0; no runtime here skips them")
     yield Technique("dynamic pruning", tokens, note="60 % of the tokens go on after the second layer")
-    yield Technique("quantization, after training", unmodified, precision="int8", formats=both)
+    yield Technique("quantization, PTQ", unmodified, precision="int8", formats=both, note="after training")
     yield Technique("quantization, int4", unmodified, precision="int4", formats=both, note="groups of weights")
-    yield Technique("quantization-aware training", rounded, precision="int4", note="int4, trained with its rounding")
+    yield Technique("quantization, QAT", rounded, precision="int4", note="int4, trained with its rounding")
     yield Technique("quantization, mixed", mixed_layers, precision="int4", note="int4, sensitive layers int8")
     response, features = distil.Losses(response=1.0), distil.Losses(response=1.0, feature=1.0)
     yield Technique("distillation, response", distilled(response), note="half of the layers")
@@ -263,13 +282,17 @@ def techniques() -> Iterator[Technique]:
     yield Technique("attention, linear", attention(Linear, learn=True), note="elu + 1, distilled")
     yield Technique("attention, local", attention(lambda: Masked(8), learn=False), note="8 tokens each way, frozen")
     fixed = attention(lambda: Masked(4, 8), learn=False)
-    yield Technique("attention, fixed sparse", fixed, note="4 tokens each way, every 8th column, frozen")
-    dense = "dense at this length: below break-even, so it is the unmodified program"
-    yield Technique("attention, DSA", sparse, claim=Claim(speedup=1.9), note=dense)
-    yield Technique("adaptive depth, early exit", early_exit, note="rows that are sure after the third layer")
-    yield Technique("adaptive depth, fewer layers", fewer_layers, formats=both, note="4 of 6, no training")
-    words = "pruned, distilled, int8; attention dense at this length"
-    yield Technique("combined", combined, "int8", both, Claim(3.8, 91), words)
+    yield Technique("attention, fixed", fixed, note="4 tokens each way, every 8th column, frozen")
+    yield Technique(
+        "attention, DSA", sparse, claim=Claim(speedup=1.9), note="tools/bench/long_documents.py has long rows"
+    )
+    yield Technique("depth, early exit", early_exit, note="rows that are sure after the third layer")
+    yield Technique("depth, fewer layers", fewer_layers, formats=both, note="4 of 6, no training")
+    for name in recipe.names():
+        if not recipe.ranges(found := recipe.load(name)):
+            claim = Claim(3.8, 91) if name == COMBINED else Claim()
+            precision = (found.precision or ("int8",))[0]
+            yield Technique(f"recipe {name}", cooked(name), precision, both, claim, found.title)
 
 
 # --- one line ---------------------------------------------------------------------------------------------------------
@@ -298,12 +321,13 @@ class Judge:
 
     def _line(self, blank: Line, model: Model, program: Program) -> Line:
         base, wanted = self._base(program.format)
-        subject = self._entrant(blank.technique, program)
+        subject = self._entrant(blank.technique, program, model)
         found = turns.answers(subject, self.bench.task)
         timing = turns.timed([base, subject], self.picked, ROUNDS)
         first, difference = found.estimates[0], evaluate.against(found, wanted)[0]
         return replace(
             blank,
+            layers_run=layers_run(model, [self.bench.dev.rows[i] for i in self.picked]),
             runtime=f"{program.format} {program.precision}",
             parameters=sum(int(p.count_nonzero()) for p in model.module.parameters()),
             score=score(found),
@@ -313,7 +337,7 @@ class Judge:
             difference=difference.value,
             p_value=difference.p_value,
             program_mb=program.size_bytes / 1e6,
-            peak_mb=peak_memory.measured(program, self.bench.dev.rows[:PEAK_ROWS]),
+            peak_mb=peak_memory.measured(program, subject.rows.rows[:PEAK_ROWS]),
             ms=timing[subject.name].ms,
             cpu_ms=timing[subject.name].cpu_ms,
             speedup=turns.speedup(timing[base.name], timing[subject.name]),
@@ -323,13 +347,22 @@ class Judge:
     def _base(self, format: str) -> tuple[turns.Entrant, evaluate.Evaluation]:
         if format not in self._bases:
             (program,) = formats.load(format).export(self.bench.model, ["fp32"])
-            base = self._entrant("base", program)
+            base = self._entrant("base", program, self.bench.model)
             self._bases[format] = base, turns.answers(base, self.bench.task)
         return self._bases[format]
 
-    def _entrant(self, name: str, program: Program) -> turns.Entrant:
+    def _entrant(self, name: str, program: Program, model: Model) -> turns.Entrant:
         folder = Path(tempfile.mkdtemp(dir=self._scratch.name))
-        return turns.entrant(name, program, folder, self.bench.dev, shelf.tokenizer_mb(self.bench.model), "")
+        return turns.entrant(name, program, folder, self.bench.read(model), shelf.tokenizer_mb(model), "")
+
+
+def layers_run(model: Model, rows: Sequence[data.Row]) -> dict[str, float] | None:
+    """Of each row alone. A layer that saw half of a row's tokens is half a layer."""
+    if not any(step.name.startswith("dynamic.") for step in model.history):
+        return None
+    found = dynamic.saved(model, data.Rows(tuple(rows), "timed rows"))
+    run = [x.layers_run for x in found]
+    return {"least": min(run), "mean": sum(run) / len(run), "most": max(run), "of": found[0].layers}
 
 
 def score(found: evaluate.Evaluation) -> float:
@@ -362,47 +395,58 @@ def read(said: dict[str, Any]) -> Line:
 
 
 def cells(line: Line) -> tuple[str, ...]:
-    claim = line.claim
-    paper = (
-        "" if claim.speedup is None else f"{claim.speedup:g}",
-        "" if claim.percent is None else f"{claim.percent:g}",
-    )
     if line.absent:
-        return (line.technique, "none", MISSING, MISSING, paper[0], MISSING, MISSING, paper[1], MISSING, MISSING)
+        return (line.technique, "none", "", "", "", "", line.claim.said, "", "", "")
     return (
         line.technique,
         line.runtime,
         f"{line.parameters / 1e6:.1f}",
         f"{line.speedup:.2f}",
-        paper[0],
         f"{line.score:.4f}",
         f"{line.percent:.1f}",
-        paper[1],
+        line.claim.said,
         f"{line.program_mb:.1f}",
         f"{line.peak_mb:.0f}",
+        f"{line.made_cpu_s / 60:.1f}",
     )
 
 
 def table(task: str, lines: Sequence[Line]) -> Table:
-    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"{task}: {TASKS[task]}", caption=notes(lines))
-    made.title_justify = made.caption_justify = "left"
+    """80 columns are enough: names of techniques are what wraps there."""
+    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    made.title, made.title_justify = f"{task}: {TASKS[task]}", "left"
     for head in HEADS:
-        made.add_column(head.lstrip(">"), justify="right" if head.startswith(">") else "left")
+        words = head.lstrip(">").replace(" ", "\n")
+        made.add_column(words, justify="right" if head.startswith(">") else "left", no_wrap=head != HEADS[0])
     for line in lines:
         made.add_row(*cells(line))
     return made
 
 
 def notes(lines: Sequence[Line]) -> str:
-    return "\n".join(f"{x.technique}: {x.absent}" for x in lines if x.absent)
+    """Why there is no program, and what a row's own work is where it differs."""
+    return "\n".join(f"{x.technique}: {said}" for x in lines if (said := absent(x) or saved(x)))
+
+
+def absent(line: Line) -> str:
+    return f"{line.absent} ({line.note})" if line.absent else ""
+
+
+def saved(line: Line) -> str:
+    run = line.layers_run
+    if run is None:
+        return ""
+    least, mean, most, of = (run[name] for name in ("least", "mean", "most", "of"))
+    return f"a row runs {mean:.2f} of {of:.0f} layers ({least:.2f} to {most:.2f}), each by the share of tokens it sees"
 
 
 def caption(about: dict[str, Any]) -> str:
     return (
         f"measured on {about['cpu']}, one pinned thread, load {about['load']}; x and % are against the unmodified "
         f"fp32 program of the same runtime; {about['timed_rows']} dev rows timed in turns, all judged. Techniques that "
-        f"learn had {about['minutes']:g} CPU minutes each. paper: its claim, on its own hardware and model; empty "
-        "where it is not known here. peak MB: of a process that opens the program and answers a few rows. Score: "
+        f"learn were given {about['minutes']:g} CPU minutes each, recipes take what they say; CPU min: what making it "
+        "took, training included. paper: its claim, on its own hardware and model; empty where it is not known here. "
+        "M par.: that are not zero. peak MB: of a process that opens the program and answers a few rows. Score: "
         "accuracy; for stsb the mean of Pearson's and Spearman's correlation."
     )
 
@@ -414,16 +458,16 @@ def document(lines: Sequence[Line], about: dict[str, Any]) -> str:
     for task in dict.fromkeys(x.task for x in lines):
         mine = [x for x in lines if x.task == task]
         body += page.section(task, f"{task}: {TASKS[task]}", picture(task, mine))
-        heads = (*HEADS, ">p of the difference", ">CPU s to make", "how")
+        heads = (*HEADS, ">p of the difference", "how")
         rows = [(*cells(x), *more(x)) for x in mine]
         body += page.table("one line a program", heads, rows)
     return page.document(title, body)
 
 
-def more(line: Line) -> tuple[str, str, str]:
+def more(line: Line) -> tuple[str, str]:
     if line.absent:
-        return "", "", line.absent
-    return f"{line.p_value:.2g}", f"{line.made_cpu_s:.0f}", line.note
+        return "", absent(line)
+    return f"{line.p_value:.2g}", "; ".join(filter(None, (line.note, saved(line))))
 
 
 def picture(task: str, lines: Sequence[Line]) -> str:
@@ -476,7 +520,7 @@ def main() -> int:
         print(f"not there: {', '.join(missing)}", file=sys.stderr)
         return 3
     torch.set_num_threads(1)
-    code, lines = shelf.sources(), list[Line]()
+    code, lines = shelf.sources() + hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), list[Line]()
     about = turns.machine() | {"minutes": arguments.minutes, "timed_rows": arguments.rows}
     for task in tasks:
         model = models.load(arguments.models / TASKS[task], lengths=LENGTHS)
@@ -491,10 +535,12 @@ def main() -> int:
                 with redirect_stdout(sys.stderr):  # converters talk
                     lines += kept(judge, technique, code)
                 write(arguments.out, lines, about)
-    console = Console(width=WIDTH)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for task in tasks:
-        console.print(table(task, [x for x in lines if x.task == task]))
-    console.print(caption(about))
+        mine = [x for x in lines if x.task == task]
+        console.print(table(task, mine))
+        console.print(notes(mine) + "\n", highlight=False)
+    console.print(caption(about), highlight=False)
     return 0
 
 

@@ -7,8 +7,7 @@ over its pipes (the protocol stands in runtimes/bindings/executorch/runner.cc). 
 A program with sparse attention has two methods with one copy of the weights: `forward` needs our operator, which that
 runner has, and `standard` computes it in standard operators.
 
-A decoder's program has further methods, `forward_next` and `standard_next`, for one token after the row's `past`. Only
-the Python runtime takes them so far: the bundle's own runner has one method, which starts from nothing.
+A decoder's program has further methods, `forward_next` and `standard_next`, for one token after the row's `past`.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ import struct
 import subprocess
 import tempfile
 import weakref
-from typing import Any, Callable, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -25,9 +24,10 @@ from .. import cases, decoding, wire
 
 NATIVE, STANDARD, NEXT = "forward", "standard", "_next"
 OPERATOR = "edgeformer::dsa.out"
-PROTOCOL = 1
+PROTOCOL = 2
 TYPES = {"int32": 3, "int64": 4, "float32": 6}
 LAST_LINES, SECONDS = 3, 60
+OUTPUTS = 16  # more than any program has
 
 
 class Broken(Exception):
@@ -58,7 +58,16 @@ def load(path, entry, threads=1, library=None):
     """With a library the function has `counters`: what our operator did, None where the program does not have it."""
     if library is None:
         return _python(path, entry, threads)
-    return Runner(library, path, tuple(x for x in entry.inputs if x.name != decoding.PAST), threads)
+    return Runner(library, path, entry.inputs, threads)
+
+
+def _asked(row, inputs, method):
+    # type: (cases.Row, Sequence[wire.Tensor], str) -> Tuple[str, List[wire.Tensor]]
+    """The method that this row is for, and its inputs."""
+    past = row.get(decoding.PAST)
+    if past is None or not past.shape[2]:
+        return method, [x for x in inputs if x.name != decoding.PAST]
+    return method + NEXT, list(inputs)
 
 
 def _python(path, entry, threads):
@@ -78,10 +87,7 @@ def _python(path, entry, threads):
 
     def run(row, every=False):
         # type: (cases.Row, bool) -> Any
-        past = row.get(decoding.PAST)
-        goes_on = past is not None and past.shape[2] > 0
-        inputs = [x for x in entry.inputs if goes_on or x.name != decoding.PAST]
-        method = name + NEXT if goes_on else name
+        method, inputs = _asked(row, entry.inputs, name)
         if method not in methods:
             methods[method] = program.load_method(method)
         feed = [torch.from_numpy(row[x.name][None].astype(x.dtype)) for x in inputs]
@@ -92,13 +98,16 @@ def _python(path, entry, threads):
 
 
 class Runner:
-    """One method of a program in the bundle's own runner. Raises Broken with the runner's words, also when it dies."""
+    """
+    A program in the bundle's own runner, by `method` and what follows it. Raises Broken with the runner's words, also
+    when it dies.
+    """
 
     def __init__(self, library, path, inputs, threads=1, method=NATIVE, profile=False):
         # type: (str, str, Tuple[wire.Tensor, ...], int, str, bool) -> None
         _executable(library)
         self._made = (library, path, inputs, threads, method)
-        self._inputs = inputs
+        self._inputs, self._method = inputs, method
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (not a pipe: nobody reads it while the runner works)
         command = [library, path, method, str(threads)] + (["profile"] if profile else [])
         self._process = subprocess.Popen(
@@ -118,16 +127,20 @@ class Runner:
         self._counts = STANDARD in self.methods and method == NATIVE
         self.last_ns = 0  # of the last run, inside the runtime
 
-    def __call__(self, row):
-        # type: (cases.Row) -> Any
-        told = _Reader(self._ask(b"R" + self._packed(row)))
+    def __call__(self, row, every=False):
+        # type: (cases.Row, bool) -> Any
+        method, inputs = _asked(row, self._inputs, self._method)
+        most = struct.pack("<I", OUTPUTS if every else 1)
+        told = _Reader(self._ask(b"R" + _text(method) + most + _packed(row, inputs)))
         self.last_ns = told.take("Q")
-        return told.tensor()[0]
+        outputs = tuple(told.tensor()[0] for _ in range(told.take("I")))
+        return outputs if every else outputs[0]
 
     def profile(self, row):
         # type: (cases.Row) -> List[Tuple[str, float]]
         """Milliseconds by operator, longest first. Of a runner made with `profile`."""
-        told = _Reader(self._ask(b"P" + self._packed(row)))
+        method, inputs = _asked(row, self._inputs, self._method)
+        told = _Reader(self._ask(b"P" + _text(method) + _packed(row, inputs)))
         times = [(told.text(), told.take("Q") / 1e6) for _ in range(told.take("I"))]
         return sorted(times, key=lambda pair: -pair[1])
 
@@ -151,15 +164,6 @@ class Runner:
         told = _Reader(self._ask(b"J"))
         kernels, calls = told.text(), told.take("q")
         return Counted(kernels, calls, tuple((told.take("q"), told.take("q")) for _ in range(told.take("I"))))
-
-    def _packed(self, row):
-        # type: (cases.Row) -> bytes
-        parts = [struct.pack("<I", len(self._inputs))]
-        for tensor in self._inputs:
-            array = np.ascontiguousarray(row[tensor.name][None], tensor.dtype)
-            head = struct.pack("<BB{}I".format(array.ndim), TYPES[tensor.dtype], array.ndim, *array.shape)
-            parts += [head, array.tobytes()]
-        return b"".join(parts)
 
     def _ask(self, request):
         # type: (bytes) -> bytes
@@ -201,6 +205,21 @@ class Runner:
         self.close()
         how = "was killed by signal {}".format(-code) if code < 0 else "ended with code {}".format(code)
         return Broken(": ".join(["the runner " + how] + ([" | ".join(lines)] if lines else [])))
+
+
+def _text(words):
+    # type: (str) -> bytes
+    return struct.pack("<I", len(words)) + words.encode("ascii")
+
+
+def _packed(row, inputs):
+    # type: (cases.Row, Sequence[wire.Tensor]) -> bytes
+    parts = [struct.pack("<I", len(inputs))]
+    for tensor in inputs:
+        array = np.ascontiguousarray(row[tensor.name][None], tensor.dtype)
+        head = struct.pack("<BB{}I".format(array.ndim), TYPES[tensor.dtype], array.ndim, *array.shape)
+        parts += [head, array.tobytes()]
+    return b"".join(parts)
 
 
 class _Reader:

@@ -1,14 +1,17 @@
-// edgeformer_runner MODEL.pte METHOD THREADS [profile]: runs a method over and over, for whoever holds its two pipes. It
+// edgeformer_runner MODEL.pte METHOD THREADS [profile]: runs methods over and over, for whoever holds its two pipes. It
 // has the operator, the kernels and XNNPACK linked in, needs no Python and no torch, and uses no C++ library itself.
+// METHOD is loaded before it answers; others when they are first asked for. Nothing is kept from one run to the next:
+// a decoder's keys and values are outputs of one request and inputs of another.
 //
-// The protocol (version 1). Little-endian; every message is `uint32 bytes`, then that many bytes.
+// The protocol (version 2). Little-endian; every message is `uint32 bytes`, then that many bytes.
 //   Started, it sends one reply: uint32 version, uint32 threads, string runtime version, uint32 n, n strings: methods.
 //   A request is one letter and its operands; a reply is `uint8 0` and its content, or `uint8 1` and a string: the error.
-//     R  uint32 n, n tensors          run            -> uint64 nanoseconds, tensor: the method's first output
-//     J                               journal        -> string kernel set, int64 calls, uint32 n, n pairs of int64:
-//                                                       kept and candidate blocks of the last calls; and begins anew
-//     P  uint32 n, n tensors          run, profiled  -> uint32 n, n times (string operator, uint64 nanoseconds);
-//                                                       for a runner started with `profile`: watching costs time
+//     R  string method, uint32 most, uint32 n, n tensors  run  -> uint64 nanoseconds, uint32 n, n tensors: the method's
+//                                                                 outputs, the first `most` of them
+//     J                              journal        -> string kernel set, int64 calls, uint32 n, n pairs of int64:
+//                                                      kept and candidate blocks of the last calls; and begins anew
+//     P  string method, uint32 n, n tensors  run, profiled  -> uint32 n, n times (string operator, uint64 nanoseconds);
+//                                                      for a runner started with `profile`: watching costs time
 //   string: uint32 bytes, UTF-8.   tensor: uint8 type (ExecuTorch's: 3 int32, 4 int64, 6 float32), uint8 rank,
 //   uint32 per axis, the values.
 // `edgeformer_runner --version` prints the version of the runtime. It ends when its input ends. An error in a request leaves it usable; one in the beginning ends it with code 1.
@@ -19,6 +22,7 @@
 #include <executorch/runtime/executor/program.h>
 #include <executorch/runtime/platform/platform.h>
 #include <executorch/runtime/platform/runtime.h>
+#include <new>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -59,7 +63,7 @@ ThreadPool *get_threadpool();
 
 namespace {
 
-enum { VERSION = 1, INPUTS = 16, AXES = 8, LAYERS = 1024, EVENTS = 256, NAME = 96, ALIGNMENT = 64 };
+enum { VERSION = 2, INPUTS = 16, AXES = 8, LAYERS = 1024, EVENTS = 256, NAME = 96, ALIGNMENT = 64 };
 const size_t MOST = (size_t)1 << 30;  // of a message
 
 void *room(size_t bytes) {
@@ -209,6 +213,64 @@ class Times final : public EventTracer {
     void set_delegation_intermediate_output_filter(EventTracerFilterBase *) override {}
 };
 
+// --- methods ---------------------------------------------------------------------------------------------------------
+
+// Whether every input has a place of its own: `set_input` copies into it then, and the message may go.
+bool copies_inputs(const MethodMeta &meta) {
+    for (size_t i = 0; i < meta.num_inputs(); i++) {
+        auto info = meta.input_tensor_meta(i);
+        if (!info.ok() || !info->is_memory_planned()) return false;
+    }
+    return true;
+}
+
+// The buffers a method plans, as many as it has.
+Span<Span<uint8_t>> planned(const MethodMeta &meta) {
+    const size_t n = meta.num_memory_planned_buffers();
+    auto *spans = (Span<uint8_t> *)room(n * sizeof(Span<uint8_t>));
+    for (size_t i = 0; i < n; i++) {
+        const size_t bytes = (size_t)meta.memory_planned_buffer_size(i).get();
+        new (spans + i) Span<uint8_t>((uint8_t *)room(bytes), bytes);
+    }
+    return {spans, n};
+}
+
+// Stays for as long as the process, also one that does not load: it would not load the next time.
+struct Loaded {
+    Loaded *next;
+    const char *name;  // the program's
+    Heap lasting, passing;
+    HierarchicalAllocator places;
+    MemoryManager memory;
+    Result<Method> method;
+
+    Loaded(const Program &program, const MethodMeta &meta, Times *times, Loaded *next)
+        : next(next), name(meta.name()), places(planned(meta)), memory(&lasting, &places, &passing),
+          method(program.load_method(meta.name(), &memory, times)) {}
+};
+
+struct Methods {
+    const Program &program;
+    Times *times;  // NULL where nobody watches
+    Loaded *first = nullptr;
+
+    // NULL, and what is wrong.
+    Method *get(const char *name, const char **why, unsigned *code) {
+        Loaded *found = first;
+        while (found && strcmp(found->name, name)) found = found->next;
+        if (!found) {
+            auto meta = program.method_meta(name);
+            *why = "the program has no such method", *code = (unsigned)meta.error();
+            if (!meta.ok()) return nullptr;
+            *why = "the method has inputs without a place of their own", *code = (unsigned)Error::NotSupported;
+            if (!copies_inputs(*meta)) return nullptr;
+            found = first = new (room(sizeof(Loaded))) Loaded(program, *meta, times, first);
+        }
+        *why = "the method does not load: an operator or a backend is missing", *code = (unsigned)found->method.error();
+        return found->method.ok() ? &*found->method : nullptr;
+    }
+};
+
 // --- requests --------------------------------------------------------------------------------------------------------
 
 size_t item(int type) {
@@ -252,22 +314,43 @@ uint64_t now() {
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-void run(Method &method, Message *in, Message *out) {
+// The method that a request names. Answers for itself where there is none: NULL.
+Method *named(Methods *methods, Message *in, Message *out) {
+    char name[NAME] = {};
+    const uint32_t bytes = in->take<uint32_t>();
+    const char *text = bytes < sizeof name ? in->take(bytes) : nullptr;
+    if (!text) return refuse(out, "the request names no method"), nullptr;
+    memcpy(name, text, bytes);
+    const char *why;
     unsigned code = 0;
-    if (const char *why = inputs(method, in, &code)) return refuse(out, why, code);
+    Method *found = methods->get(name, &why, &code);
+    if (!found) refuse(out, why, code);
+    return found;
+}
+
+void run(Methods *methods, Message *in, Message *out) {
+    unsigned code = 0;
+    Method *method = named(methods, in, out);
+    if (!method) return;
+    const uint32_t most = in->take<uint32_t>();
+    if (const char *why = inputs(*method, in, &code)) return refuse(out, why, code);
     const uint64_t start = now();
-    const Error error = method.execute();
+    const Error error = method->execute();
     const uint64_t spent = now() - start;
     if (error != Error::Ok) return refuse(out, "the method failed", (unsigned)error);
-    const EValue &first = method.get_output(0);
-    if (!first.isTensor() || !item((int)first.toTensor().scalar_type())) return refuse(out, "the output is no float or integer tensor");
-    const Tensor tensor = first.toTensor();
+    const size_t n = most < method->outputs_size() ? most : method->outputs_size();
     out->put((uint8_t)0);
     out->put(spent);
-    out->put((uint8_t)tensor.scalar_type());
-    out->put((uint8_t)tensor.dim());
-    for (int i = 0; i < tensor.dim(); i++) out->put((uint32_t)tensor.size(i));
-    out->put(tensor.const_data_ptr(), tensor.nbytes());
+    out->put((uint32_t)n);
+    for (size_t i = 0; i < n; i++) {
+        const EValue &value = method->get_output(i);
+        if (!value.isTensor() || !item((int)value.toTensor().scalar_type())) return refuse(out, "an output is no float or integer tensor");
+        const Tensor tensor = value.toTensor();
+        out->put((uint8_t)tensor.scalar_type());
+        out->put((uint8_t)tensor.dim());
+        for (int axis = 0; axis < tensor.dim(); axis++) out->put((uint32_t)tensor.size(axis));
+        out->put(tensor.const_data_ptr(), tensor.nbytes());
+    }
 }
 
 void journal(Message *out) {
@@ -281,12 +364,15 @@ void journal(Message *out) {
     edgeformer_dsa_reset();
 }
 
-void profile(Method &method, Times *times, Message *in, Message *out) {
+void profile(Methods *methods, Message *in, Message *out) {
     unsigned code = 0;
+    Times *times = methods->times;
     if (!times) return refuse(out, "this runner was started without `profile`");
-    if (const char *why = inputs(method, in, &code)) return refuse(out, why, code);
+    Method *method = named(methods, in, out);
+    if (!method) return;
+    if (const char *why = inputs(*method, in, &code)) return refuse(out, why, code);
     times->count = 0;
-    const Error error = method.execute();
+    const Error error = method->execute();
     if (error != Error::Ok) return refuse(out, "the method failed", (unsigned)error);
     const et_tick_ratio_t ratio = et_pal_ticks_to_ns_multiplier();
     out->put((uint8_t)0);
@@ -299,9 +385,9 @@ void profile(Method &method, Times *times, Message *in, Message *out) {
 
 // --- the life of it --------------------------------------------------------------------------------------------------
 
-int fail(const char *words, Error error) {
+int fail(const char *words, unsigned code) {
     Message out;
-    refuse(&out, words, (unsigned)error);
+    refuse(&out, words, code);
     send(out);
     return 1;
 }
@@ -317,39 +403,18 @@ void greet(const Program &program) {
     send(out);
 }
 
-void serve(Method &method, Times *times) {
+void serve(Methods *methods) {
     Message in, out;
     while (receive(&in)) {
         out.clear();
         switch (in.take<char>()) {
-            case 'R': run(method, &in, &out); break;
+            case 'R': run(methods, &in, &out); break;
             case 'J': journal(&out); break;
-            case 'P': profile(method, times, &in, &out); break;
+            case 'P': profile(methods, &in, &out); break;
             default: refuse(&out, "no such request; there are R, J and P");
         }
         if (!send(out)) return;
     }
-}
-
-// The buffers the method plans, as many as it has.
-HierarchicalAllocator *planned(const MethodMeta &meta) {
-    const size_t n = meta.num_memory_planned_buffers();
-    auto *spans = (Span<uint8_t> *)room(n * sizeof(Span<uint8_t>));
-    for (size_t i = 0; i < n; i++) {
-        const size_t bytes = (size_t)meta.memory_planned_buffer_size(i).get();
-        spans[i] = Span<uint8_t>((uint8_t *)room(bytes), bytes);
-    }
-    static HierarchicalAllocator made({spans, n});
-    return &made;
-}
-
-// Whether every input has a place of its own: `set_input` copies into it then, and the message may go.
-bool copies_inputs(const MethodMeta &meta) {
-    for (size_t i = 0; i < meta.num_inputs(); i++) {
-        auto info = meta.input_tensor_meta(i);
-        if (!info.ok() || !info->is_memory_planned()) return false;
-    }
-    return true;
 }
 
 }  // namespace
@@ -368,18 +433,15 @@ int main(int argc, char **argv) {
     // Before anything is loaded: afterwards it would take the pool from under those who use it.
     executorch::extension::threadpool::get_threadpool()->_unsafe_reset_threadpool((uint32_t)threads);
     auto loader = executorch::extension::MmapDataLoader::from(argv[1], executorch::extension::MmapDataLoader::MlockConfig::NoMlock);
-    if (!loader.ok()) return fail("the file cannot be read", loader.error());
+    if (!loader.ok()) return fail("the file cannot be read", (unsigned)loader.error());
     auto program = Program::load(&loader.get());
-    if (!program.ok()) return fail("the file is no program of this version of ExecuTorch", program.error());
-    auto meta = program->method_meta(argv[2]);
-    if (!meta.ok()) return fail("the program has no such method", meta.error());
-    if (!copies_inputs(*meta)) return fail("the method has inputs without a place of their own", Error::NotSupported);
-    Heap lasting, passing;
-    Times events, *times = profiled ? &events : nullptr;
-    MemoryManager memory(&lasting, planned(*meta), &passing);
-    auto method = program->load_method(argv[2], &memory, times);
-    if (!method.ok()) return fail("the method does not load: an operator or a backend is missing", method.error());
+    if (!program.ok()) return fail("the file is no program of this version of ExecuTorch", (unsigned)program.error());
+    Times events;
+    Methods methods{*program, profiled ? &events : nullptr};
+    const char *why;
+    unsigned code;
+    if (!methods.get(argv[2], &why, &code)) return fail(why, code);
     greet(*program);
-    serve(*method, times);
+    serve(&methods);
     return 0;
 }
