@@ -226,6 +226,8 @@ def test_a_sparse_build_counts_blocks_for_core_ml_and_says_which_layers_are_spar
     assert len(trained) == 1
     steps = [{step.name: step.facts for step in bundle.manifest.history} for bundle in (host, phone)]
     assert [s["sparsify.dsa"]["rule"] for s in steps] == [THRESHOLD, TOP_K]
+    by_head = [isinstance(s["sparsify.dsa"]["theta"]["512"], list) for s in steps]
+    assert by_head == [False, True]  # a threshold gives each head its share, a count has to be its own
     assert "sparse_layers" not in steps[0]["export.onnx"]
     assert steps[1]["export.coreml"]["sparse_layers"] == {
         "64": {"sparse": 0, "layers": 2, "dense_because": ["rows of up to 256 tokens are dense"]},
