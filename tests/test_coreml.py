@@ -239,7 +239,7 @@ def test_a_sparse_build_counts_blocks_for_core_ml_and_says_which_layers_are_spar
 def test_a_decoder_is_sparse_in_core_ml(tmp_path: Path, config_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = scorer.train
     monkeypatch.setattr(scorer, "train", lambda stats, *_, **__: whole(stats, scorer.Recipe(steps=5)))
-    options: dict[str, Any] = {"lengths": (320,), "gate": 0.5, "precision": "fp32", "name": "decoder", "budget": 0.7}
+    options: dict[str, Any] = {"lengths": (320,), "gate": 0.5, "precision": "fp32", "name": "decoder", "budget": 0.5}
     bundle = ef.build(families.tiny("llama"), "iphone-13", attention="dsa", out=tmp_path, **options)
     facts = {step.name: step.facts for step in bundle.manifest.history}
     assert facts["attention"]["chosen"] == "dsa" and facts["sparsify.dsa"]["rule"] == TOP_K
