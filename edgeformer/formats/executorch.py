@@ -11,7 +11,7 @@ whose keys and values it is given.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import prod
 from typing import Any
@@ -44,6 +44,7 @@ NEXT = "_next"  # ends the names of a decoder's methods for a further token
 PRODUCTS = ("linear", "matmul", "bmm", "mm", "addmm", "conv2d", "convolution")
 # What XNNPACK gets of the standard form. It takes a padding that depends on the length for a constant.
 PLAIN = [LinearConfig, BMMConfig, SoftmaxConfig, GeluConfig]
+MOST_JOINED = 5  # tensors in one concatenation of XNNPACK's
 NEAR = 1 / 32  # of a token's largest value: what is above is quantized apart in `_Apart`
 LEAST, GREATEST = -8, 7  # of int4, as XNNPACK and the embedding's kernel want it said
 
@@ -131,9 +132,16 @@ def _partitioner(graph: Any, operators: list[Any] | None = None) -> Any:
     this key asks for that one. The others are for convolutions.
     """
     made = XnnpackPartitioner(operators)
+    if joined := made.target_partitioner_configs.get("cat.default"):
+        joined.check_constraints = partial(_few_parts, joined.check_constraints)
     if not any("conv" in _name(node) for node in graph.graph.nodes):
         made.delegation_spec = DelegationSpec(XnnpackBackend.__name__, [CompileSpec("dqlinear_partitioner", b"")])
     return made
+
+
+def _few_parts(other_rules: Callable[[Any, Any], bool], node: Any, program: Any) -> bool:
+    """The partitioner asks for tensors that XNNPACK cannot join: a decoder joins the keys and values of all layers."""
+    return len(node.args[0]) <= MOST_JOINED and other_rules(node, program)
 
 
 def _sparse(graph: Any) -> bool:
