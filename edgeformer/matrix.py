@@ -21,7 +21,8 @@ def table(matrix: Matrix) -> Table:
     """For a terminal of 100 columns."""
     made = Table(title=_title(matrix), title_justify="left", caption="; ".join(_notes(matrix)), caption_justify="left")
     for place, head in enumerate(HEADS):
-        made.add_column(head, justify="left" if place < 2 else "right")
+        # Names stay whole in 80 columns as well; heads and notes fold.
+        made.add_column(head, justify="left" if place < 2 else "right", no_wrap=place < 2, overflow="fold")
     for cell in matrix.cells:
         if cell.error:
             words = cell.error if len(cell.error) < 400 else cell.error[:400] + "…"
