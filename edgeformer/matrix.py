@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
@@ -18,11 +19,13 @@ HEADS = ("format", "precision", "MB", "to fp32 dense", "worst", "to PyTorch", "s
 
 
 def table(matrix: Matrix) -> Table:
-    """For a terminal of 100 columns."""
-    made = Table(title=_title(matrix), title_justify="left", caption="; ".join(_notes(matrix)), caption_justify="left")
+    """For a terminal of 80 columns."""
+    made = Table(
+        title=_title(matrix), caption="; ".join(_notes(matrix)), box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    made.title_justify = made.caption_justify = "left"
     for place, head in enumerate(HEADS):
-        # Names stay whole in 80 columns as well; heads and notes fold.
-        made.add_column(head, justify="left" if place < 2 else "right", no_wrap=place < 2, overflow="fold")
+        made.add_column(head, justify="left" if place < 2 else "right", no_wrap=place < 2)
     for cell in matrix.cells:
         if cell.error:
             words = cell.error if len(cell.error) < 400 else cell.error[:400] + "…"
