@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -183,7 +184,8 @@ class Victims:
         child, started = int(self.process.stdout.readline()), time.monotonic()
         if kill_after_s is not None:
             time.sleep(kill_after_s)
-            os.kill(child, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it was done before
+                os.kill(child, signal.SIGKILL)
         assert int(self.process.stdout.readline()) in ((0,) if kill_after_s is None else (0, -signal.SIGKILL))
         return time.monotonic() - started
 
