@@ -191,10 +191,13 @@ class Victims:
 
 
 @pytest.mark.slow
-def test_a_killed_build_leaves_the_old_bundle_or_the_new_one(tmp_path: Path, config_home: Path) -> None:
+def test_a_killed_build_leaves_the_old_bundle_or_the_new_one(
+    tmp_path: Path, config_home: Path, request: pytest.FixtureRequest
+) -> None:
     """SIGKILL at random moments of a build that replaces a bundle, with more of them near its end."""
     old = build(tmp_path).digest
     victims = Victims(tmp_path)
+    request.addfinalizer(victims.process.kill)
     whole = victims.run()
     new = ef.open_bundle(tmp_path / "scorer-raspberry-pi-4").digest
     build(tmp_path, overwrite=True, version=30000001)
@@ -206,8 +209,6 @@ def test_a_killed_build_leaves_the_old_bundle_or_the_new_one(tmp_path: Path, con
         bundle.verify()
         ef.open_bundle(bundle.archive).verify()
         seen.add(bundle.digest)
-    victims.process.kill()
-    victims.process.wait()
     assert old != new and len(seen) <= 2
 
 

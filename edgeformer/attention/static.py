@@ -10,7 +10,7 @@ width / blocks for attending and width / block size for fetching; scoring is lef
 position bias (fetched like keys, as tiles: one for each distance between blocks that it tells apart). It also stays
 dense at `dense_below` tokens or fewer. A length that is no multiple of the block is padded to one.
 
-A causal layer differs in its candidates, and in one tile: in its own block a row sees nothing behind it.
+A causal layer differs in its candidates, and in one tile: in its own block a row does not see the keys that follow it.
 
 Same numbers as the definition on valid rows. Rows of padding, which nothing reads, are not zeroed.
 """
@@ -193,7 +193,7 @@ class Static(torch.nn.Module):
             table = _picked(position_bias[None], bucket.heads)[0]
             logits = logits + _by_distance(table, one_hot.reshape(heads, blocks, width, blocks), size)
         if causal:
-            logits = logits + _behind(one_hot.reshape(heads, blocks, width, blocks), size)
+            logits = logits + _following(one_hot.reshape(heads, blocks, width, blocks), size)
         return ((logits + (1 - seen) * MASKED).softmax(-1) @ fetched[1]).reshape(1, heads, blocks * size, dim)
 
 
@@ -211,8 +211,8 @@ def _by_distance(table: Tensor, one_hot: Tensor, size: int) -> Tensor:
     return found.transpose(1, 2).reshape(heads * blocks, size, width * size)
 
 
-def _behind(one_hot: Tensor, size: int) -> Tensor:
-    """MASKED where a fetched key is behind its row, else 0: [H * blocks, size, width * size]."""
+def _following(one_hot: Tensor, size: int) -> Tensor:
+    """MASKED where a fetched key follows its row, else 0: [H * blocks, size, width * size]."""
     heads, blocks, width, _ = one_hot.shape
     own = (one_hot * torch.eye(blocks).reshape(1, blocks, 1, blocks)).sum(-1).reshape(heads * blocks, 1, width, 1)
     tile = torch.ones(size, size).triu(1).reshape(1, size, 1, size) * MASKED

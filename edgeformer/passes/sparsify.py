@@ -36,8 +36,8 @@ DENSE_BELOW = 256  # with fewer blocks than these there is next to nothing to ch
 DENSE_ABOVE = {0: 0.85, 1: 0.75}
 MOST_ROWS = 100  # for scorers
 LENGTH_ROWS = 8  # on which a shorter length is judged
-# By causality. At 2,048 tokens and kept .25, blocks of 32 cost the kernel 2-4 % more than blocks of 64; half as much of
-# a decoder's attention mass is then lost, since the blocks that a causal model cannot do without are half as large.
+# By causality. Blocks of 32 cost the kernel a few per cent more than blocks of 64; a decoder then loses much less of
+# its attention's mass, since the blocks that a causal model cannot do without are half as large.
 BLOCK = {False: 64, True: 32}
 FEWEST_BLOCKS = 4  # of the longest row; with fewer there is nothing to choose from
 
