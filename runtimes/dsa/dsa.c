@@ -636,7 +636,7 @@ static int32_t listed(const query_block *w, int32_t x) { return w->idx ? w->idx[
  * the place of the output; the next queries, which often are those of the next head. */
 static void look_ahead(const call *a, const query_block *w, int32_t y, int32_t x, dsa_strip *t) {
     const dsa_config *c = a->c;
-    int fresh = c->compute == DSA_F32 && (w->idx || w->first == c->q_offset), last = x + 1 == w->kept;
+    int fresh = c->compute == DSA_F32 && w->first == c->q_offset, last = x + 1 == w->kept;
     ptrdiff_t from = y * a->set->strip, out_row = a->out_strides[2];
     const float *k = head_of(a->k, w->b, w->h / (c->q_heads / c->kv_heads));
     dsa_rows out = {w->out + from * out_row, out_row}, none = {0};

@@ -90,11 +90,15 @@ static void load_q(const dsa_strip *t, const float *q, ptrdiff_t row, float scal
         for (int d = 0; d < t->dim; d++) t->q[d * STRIP + r] = r < t->rows ? q[r * row + d] * scale : 0;
 }
 
-/* A few rows per tile: asked for all at once they would only queue up. */
-INLINE void ask_rows(dsa_rows soon, int dim, int first, const int rows) {
-    if (!soon.x) return;
-    EACH(i, rows)
-        for (int d = 0; d < dim; d += 16) __builtin_prefetch(soon.x + (first + i) * soon.row + d, 0, 2);
+/* A few rows per tile: asked for all at once they would only queue up. Out of line, away from the tiles' registers. */
+static __attribute__((noinline)) void ask(dsa_rows soon, int dim, int first, int rows) {
+    const float *x = soon.x + first * soon.row;
+    for (int i = 0; i < rows; i++, x += soon.row)
+        for (int d = 0; d < dim; d += 16) __builtin_prefetch(x + d, 0, 2);
+}
+
+INLINE void ask_rows(dsa_rows soon, int dim, int first, int rows) {
+    if (__builtin_expect(soon.x != NULL, 0)) ask(soon, dim, first, rows);
 }
 
 /* s[first + i][at + ..] for `rows` keys; high is raised while the tile is in registers. */
