@@ -82,14 +82,34 @@ static void *take(arena *a, size_t bytes) {
 typedef struct {
     int32_t *idx, *cnt;    /* fused only */
     float *k_mean;         /* select: [batch][kv_heads][nK][dim] */
-    float *k_shift, *v_scale; /* i8: [batch][kv_heads][dim] each */
-    float *k_scale;        /* i8: [batch][kv_heads][nK] */
-    int8_t *k8, *v8;       /* i8: [batch][kv_heads][nK][block_k * dim] each */
-    int32_t *v_sum;         /* i8: [batch][kv_heads][nK][dim] */
+    char *packed;          /* i8: [places][packed_bytes] */
     float *k_copy, *v_copy; /* f32, optional: [batch][kv_heads][nK * block_k][dim] */
     char *thread;          /* [threads][thread_bytes] */
-    size_t thread_bytes, needed; /* bytes of one thread; of all but the copies */
+    size_t thread_bytes, packed_bytes, needed; /* of one thread; of one place; of all but the copies */
+    int32_t places, shared;                    /* shared: the first place that all threads see */
 } memory;
+
+/* i8: the keys and values of one (batch, kv head). */
+typedef struct {
+    float *k_shift, *v_scale; /* [dim] each */
+    float *k_scale;           /* [nK] */
+    int8_t *k8, *v8;          /* [nK][block_k * dim] each */
+    int32_t *v_sum;           /* [nK][dim] */
+} packed;
+
+static packed packed_layout(arena *a, const dsa_config *c) {
+    packed p;
+    size_t n = (size_t)k_blocks(c), dim = (size_t)c->dim, bytes = n * (size_t)c->block_k * dim;
+    p.k_shift = take(a, 4 * dim);
+    p.v_scale = take(a, 4 * dim);
+    p.k_scale = take(a, 4 * n);
+    p.k8 = take(a, bytes);
+    p.v8 = take(a, bytes);
+    p.v_sum = take(a, 4 * n * dim);
+    return p;
+}
+
+static int32_t kv_pairs(const dsa_config *c) { return c->batch * c->kv_heads; }
 
 /* Per thread, selecting one list. */
 typedef struct {
@@ -145,15 +165,15 @@ static memory layout(arena *a, const dsa_config *c, int32_t threads) {
     m.idx = take(a, 4 * lists * (size_t)dsa_kmax(c));
     m.cnt = take(a, 4 * lists);
     m.k_mean = take(a, 4 * kv * n * dim);
-    m.k_shift = take(a, i8 * 4 * kv * dim);
-    m.v_scale = take(a, i8 * 4 * kv * dim);
-    m.k_scale = take(a, i8 * 4 * kv * n);
-    m.k8 = take(a, i8 * kv * n * bk * dim);
-    m.v8 = take(a, i8 * kv * n * bk * dim);
-    m.v_sum = take(a, i8 * 4 * kv * n * dim);
-    arena one = {NULL, 0}, other = {NULL, 0};
+    arena one = {NULL, 0}, other = {NULL, 0}, third = {NULL, 0};
     select_layout(&one, c);
     attend_layout(&other, c);
+    packed_layout(&third, c);
+    /* A thread that does whole heads packs each where the last one was: the place stays near. */
+    m.shared = threads > 1 ? threads : 0;
+    m.places = least(kv_pairs(c), threads > 1 ? 2 * threads : 1);
+    m.packed_bytes = i8 * third.used;
+    m.packed = take(a, (size_t)m.places * m.packed_bytes);
     m.thread_bytes = one.used > other.used ? one.used : other.used;
     m.thread = take(a, (size_t)threads * m.thread_bytes);
     m.needed = a->used;
@@ -484,8 +504,6 @@ static void select_head(void *arg, int32_t i, int32_t thread) {
     for (int32_t x = 0; x < lists; x++) select_some(a, i * lists + x, thread, x == 0);
 }
 
-static int32_t kv_pairs(const dsa_config *c) { return c->batch * c->kv_heads; }
-
 static void select_all(const call *a, const dsa_parallel *p) {
     const dsa_config *c = a->c;
     if (kv_pairs(c) >= threads_of(p)) {
@@ -510,16 +528,23 @@ static void mean_of_means(const call *a, int32_t kv, float *shift) {
     }
 }
 
+/* Where this thread finds a head packed; or packs it. */
+static packed packed_of(const call *a, int32_t kv, int32_t thread) {
+    int32_t place = a->m.places == kv_pairs(a->c) ? kv : kv < a->whole ? thread : a->m.shared + kv - a->whole;
+    arena at = {a->m.packed + (size_t)place * a->m.packed_bytes, 0};
+    return packed_layout(&at, a->c);
+}
+
 /* i8: the mean of K and the scale of V per channel, over the valid tokens of one (batch, kv head). */
 static void measure_kv(void *arg, int32_t i, int32_t thread) {
     const call *a = arg;
     const dsa_config *c = a->c;
-    int32_t b = i / c->kv_heads, g = i % c->kv_heads, rows = k_valid(a, b);
-    float *shift = a->m.k_shift + (size_t)i * (size_t)c->dim, *scale = a->m.v_scale + (size_t)i * (size_t)c->dim;
+    int32_t b = i / c->kv_heads, g = i % c->kv_heads;
+    packed p = packed_of(a, i, thread);
     if (!a->pooled) pool_keys(arg, i, thread);
-    mean_of_means(a, i, shift);
-    a->set->peaks(head_of(a->v, b, g), a->v.row, rows, c->dim, scale);
-    for (int32_t d = 0; d < c->dim; d++) scale[d] = (scale[d] > 1e-30f ? scale[d] : 1e-30f) / 127;
+    mean_of_means(a, i, p.k_shift);
+    a->set->peaks(head_of(a->v, b, g), a->v.row, k_valid(a, b), c->dim, p.v_scale);
+    for (int32_t d = 0; d < c->dim; d++) p.v_scale[d] = (p.v_scale[d] > 1e-30f ? p.v_scale[d] : 1e-30f) / 127;
 }
 
 static void pack_block(void *arg, int32_t i, int32_t thread) {
@@ -527,26 +552,38 @@ static void pack_block(void *arg, int32_t i, int32_t thread) {
     const dsa_config *c = a->c;
     int32_t n = k_blocks(c), kv = i / n, j = i % n, b = kv / c->kv_heads, g = kv % c->kv_heads;
     int32_t keys = least(c->block_k, k_valid(a, b) - j * c->block_k);
-    size_t at = (size_t)i, dim = (size_t)c->dim, bytes = (size_t)c->block_k * dim;
-    (void)thread;
+    size_t at = (size_t)j, dim = (size_t)c->dim, bytes = (size_t)c->block_k * dim;
+    packed p = packed_of(a, kv, thread);
     if (keys <= 0) return;
-    a->set->pack_k(head_of(a->k, b, g) + (ptrdiff_t)j * c->block_k * a->k.row, a->k.row, keys, c->dim,
-                   a->m.k_shift + (size_t)kv * dim, a->m.k8 + at * bytes, a->m.k_scale + at);
-    a->set->pack_v(head_of(a->v, b, g) + (ptrdiff_t)j * c->block_k * a->v.row, a->v.row, keys, c->dim,
-                   a->m.v_scale + (size_t)kv * dim, a->m.v8 + at * bytes, a->m.v_sum + at * dim);
+    a->set->pack_k(head_of(a->k, b, g) + (ptrdiff_t)j * c->block_k * a->k.row, a->k.row, keys, c->dim, p.k_shift,
+                   p.k8 + at * bytes, p.k_scale + at);
+    a->set->pack_v(head_of(a->v, b, g) + (ptrdiff_t)j * c->block_k * a->v.row, a->v.row, keys, c->dim, p.v_scale,
+                   p.v8 + at * bytes, p.v_sum + at * dim);
 }
 
+/* One query block against its list. */
+typedef struct {
+    int32_t b, h, g, first, rows; /* g: kv head; first: absolute position */
+    const int32_t *idx;           /* NULL: the first `kept` blocks */
+    int32_t kept;
+    const float *q;
+    float *out;
+    packed kv; /* i8 */
+} query_block;
+
+static int32_t listed(const query_block *w, int32_t x) { return w->idx ? w->idx[x] : x; }
+
 /* Points the strip at key block j. */
-static void take_block(const call *a, dsa_strip *t, int32_t b, int32_t g, int32_t j) {
+static void take_block(const call *a, const query_block *w, dsa_strip *t, int32_t j) {
     const dsa_config *c = a->c;
-    size_t dim = (size_t)c->dim, at = (size_t)(b * c->kv_heads + g) * (size_t)k_blocks(c) + (size_t)j;
-    t->k = head_of(a->k, b, g) + (ptrdiff_t)j * c->block_k * a->k.row;
-    t->v = head_of(a->v, b, g) + (ptrdiff_t)j * c->block_k * a->v.row;
+    size_t dim = (size_t)c->dim, at = (size_t)j;
+    t->k = head_of(a->k, w->b, w->g) + (ptrdiff_t)j * c->block_k * a->k.row;
+    t->v = head_of(a->v, w->b, w->g) + (ptrdiff_t)j * c->block_k * a->v.row;
     if (c->compute != DSA_I8) return;
-    t->k8 = a->m.k8 + at * (size_t)c->block_k * dim;
-    t->v8 = a->m.v8 + at * (size_t)c->block_k * dim;
-    t->v_sum = a->m.v_sum + at * dim;
-    t->k_scale = a->m.k_scale[at];
+    t->k8 = w->kv.k8 + at * (size_t)c->block_k * dim;
+    t->v8 = w->kv.v8 + at * (size_t)c->block_k * dim;
+    t->v_sum = w->kv.v_sum + at * dim;
+    t->k_scale = w->kv.k_scale[at];
 }
 
 /* A causal block that crosses the strip's diagonal: hides key i from the queries before it, finds the maxima again. */
@@ -620,17 +657,6 @@ static void zero_rows(float *out, ptrdiff_t row, int32_t from, int32_t to, int32
         for (int32_t d = 0; d < dim; d++) out[r * row + d] = 0;
 }
 
-/* One query block against its list. */
-typedef struct {
-    int32_t b, h, first, rows; /* first: absolute position */
-    const int32_t *idx;        /* NULL: the first `kept` blocks */
-    int32_t kept;
-    const float *q;
-    float *out;
-} query_block;
-
-static int32_t listed(const query_block *w, int32_t x) { return w->idx ? w->idx[x] : x; }
-
 /* What the strip's loops ask for while the x-th block is attended: V and the next block of K if they may be far, as they
  * are for the first query block of a head and for chosen blocks (but selecting and packing have brought them near);
  * the place of the output; the next queries, which often are those of the next head. */
@@ -638,7 +664,7 @@ static void look_ahead(const call *a, const query_block *w, int32_t y, int32_t x
     const dsa_config *c = a->c;
     int fresh = c->compute == DSA_F32 && w->first == c->q_offset, last = x + 1 == w->kept;
     ptrdiff_t from = y * a->set->strip, out_row = a->out_strides[2];
-    const float *k = head_of(a->k, w->b, w->h / (c->q_heads / c->kv_heads));
+    const float *k = head_of(a->k, w->b, w->g);
     dsa_rows out = {w->out + from * out_row, out_row}, none = {0};
     t->by_qk = y ? none : fresh ? (dsa_rows){t->v, a->v.row} : x ? none : out;
     if (last)
@@ -651,9 +677,8 @@ static void look_ahead(const call *a, const query_block *w, int32_t y, int32_t x
 
 static void attend_rows(const call *a, const attend_scratch *s, const query_block *w) {
     const dsa_config *c = a->c;
-    int32_t strip = a->set->strip, n = 0, g = w->h / (c->q_heads / c->kv_heads);
-    const float *channel = c->compute == DSA_I8 ? a->m.v_scale + (size_t)(w->b * c->kv_heads + g) * (size_t)c->dim : NULL;
-    void (*pv)(const dsa_strip *) = c->compute == DSA_I8 ? a->set->pv8 : a->set->pv;
+    int32_t strip = a->set->strip, n = 0, i8 = c->compute == DSA_I8;
+    void (*pv)(const dsa_strip *) = i8 ? a->set->pv8 : a->set->pv;
     dsa_strip strips[MAX_STRIPS];
     for (int32_t from = 0; from < w->rows; from += strip) {
         strips[n] = strip_at(a, s, from, w->rows);
@@ -662,7 +687,7 @@ static void attend_rows(const call *a, const attend_scratch *s, const query_bloc
     for (int32_t x = 0; x < w->kept; x++) {
         int32_t j = listed(w, x), at = j * c->block_k, keys = least(c->block_k, k_valid(a, w->b) - at);
         for (int32_t y = 0; y < n; y++) {
-            take_block(a, &strips[y], w->b, g, j);
+            take_block(a, w, &strips[y], j);
             look_ahead(a, w, y, x, &strips[y]);
             weigh(a, &strips[y], w->h, keys, at, w->first + y * strip);
         }
@@ -671,7 +696,7 @@ static void attend_rows(const call *a, const attend_scratch *s, const query_bloc
             if (strips[y].keys) pv(&strips[y]);
     }
     for (int32_t y = 0; y < n; y++)
-        a->set->store(&strips[y], channel, w->out + y * strip * a->out_strides[2], a->out_strides[2]);
+        a->set->store(&strips[y], i8 ? w->kv.v_scale : NULL, w->out + y * strip * a->out_strides[2], a->out_strides[2]);
 }
 
 static void attend_block(void *arg, int32_t at, int32_t thread) {
@@ -680,7 +705,8 @@ static void attend_block(void *arg, int32_t at, int32_t thread) {
     int32_t nq = q_blocks(c), i = at % nq, h = at / nq % c->q_heads, b = at / nq / c->q_heads, from = i * c->block_q;
     int32_t full = least(c->block_q, c->q_rows - from), rows = largest(0, rows_of(a, b, i));
     size_t list = (size_t)(b * list_heads(c) + h / (c->q_heads / list_heads(c))) * (size_t)nq + (size_t)i;
-    query_block w = {.b = b, .h = h, .first = c->q_offset + from, .rows = rows};
+    query_block w = {.b = b, .h = h, .g = h / (c->q_heads / c->kv_heads), .first = c->q_offset + from, .rows = rows};
+    if (c->compute == DSA_I8) w.kv = packed_of(a, b * c->kv_heads + w.g, thread);
     w.idx = a->kept_idx ? a->kept_idx + list * (size_t)dsa_kmax(c) : NULL;
     w.kept = w.idx ? a->kept_cnt[list] : candidates(a, b, i, rows);
     w.q = head_of(a->q, b, h) + from * a->q.row;
