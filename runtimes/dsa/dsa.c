@@ -568,7 +568,8 @@ typedef struct {
     int32_t kept;
     const float *q;
     float *out;
-    packed kv; /* i8 */
+    packed kv;                             /* i8 */
+    const float *next_q, *next_k, *next_v; /* i8: as many rows of the head this thread does next; NULL: none */
 } query_block;
 
 static int32_t listed(const query_block *w, int32_t x) { return w->idx ? w->idx[x] : x; }
@@ -657,28 +658,41 @@ static void zero_rows(float *out, ptrdiff_t row, int32_t from, int32_t to, int32
         for (int32_t d = 0; d < dim; d++) out[r * row + d] = 0;
 }
 
-/* What the strip's loops ask for while the x-th block is attended: V and the next block of K if they may be far, as they
- * are for the first query block of a head and for chosen blocks (but selecting and packing have brought them near);
- * the place of the output; the next queries, which often are those of the next head. */
+/* What the strip's loops ask for while the x-th block is attended: K and V by the first query block of a head (if they
+ * are selected, K is near already), the place of the output, the next queries, which often are those of the next head. */
 static void look_ahead(const call *a, const query_block *w, int32_t y, int32_t x, dsa_strip *t) {
     const dsa_config *c = a->c;
-    int fresh = c->compute == DSA_F32 && w->first == c->q_offset, last = x + 1 == w->kept;
+    int first = w->first == c->q_offset, last = x + 1 == w->kept;
     ptrdiff_t from = y * a->set->strip, out_row = a->out_strides[2];
     const float *k = head_of(a->k, w->b, w->g);
-    dsa_rows out = {w->out + from * out_row, out_row}, none = {0};
-    t->by_qk = y ? none : fresh ? (dsa_rows){t->v, a->v.row} : x ? none : out;
+    dsa_rows out = {w->out + from * out_row, out_row, 0, 0}, none = {0};
+    t->by_qk = y ? none : first ? (dsa_rows){t->v, a->v.row, 0, 0} : x ? none : out;
     if (last)
-        t->by_pv = (dsa_rows){w->q + (c->block_q + from) * a->q.row, a->q.row};
-    else if (fresh && !a->pooled)
-        t->by_pv = (dsa_rows){k + ((ptrdiff_t)listed(w, x + 1) * c->block_k + from) * a->k.row, a->k.row};
+        t->by_pv = (dsa_rows){w->q + (c->block_q + from) * a->q.row, a->q.row, 0, 0};
+    else if (first && !a->pooled)
+        t->by_pv = (dsa_rows){k + ((ptrdiff_t)listed(w, x + 1) * c->block_k + from) * a->k.row, a->k.row, 0, 0};
     else
-        t->by_pv = fresh && !x ? out : none;
+        t->by_pv = first && !x ? out : none;
+}
+
+/* int8: K and V are near in another form; those of the next head are read while there is time. Tiles are done before
+ * many lines have come, so each asks for a quarter of its rows. */
+static void look_ahead8(const call *a, const query_block *w, int32_t y, int32_t x, dsa_strip *t) {
+    ptrdiff_t from = y * a->set->strip, out_row = a->out_strides[2];
+    const float *q = a->pooled ? w->next_q : w->q + a->c->block_q * a->q.row;
+    dsa_rows none = {0};
+    t->by_qk = t->by_pv = none;
+    if (x >= 8) return;
+    if (!y) t->by_qk = x < 4 ? (dsa_rows){w->out, out_row, 3, x & 3} : (dsa_rows){w->next_v, a->v.row, 3, x & 3};
+    t->by_pv = x < 4 ? (dsa_rows){q, a->q.row, 3, x & 3} : (dsa_rows){w->next_k, a->k.row, 3, x & 3};
+    if (t->by_pv.x) t->by_pv.x += from * t->by_pv.row;
 }
 
 static void attend_rows(const call *a, const attend_scratch *s, const query_block *w) {
     const dsa_config *c = a->c;
     int32_t strip = a->set->strip, n = 0, i8 = c->compute == DSA_I8;
     void (*pv)(const dsa_strip *) = i8 ? a->set->pv8 : a->set->pv;
+    void (*ahead)(const call *, const query_block *, int32_t, int32_t, dsa_strip *) = i8 ? look_ahead8 : look_ahead;
     dsa_strip strips[MAX_STRIPS];
     for (int32_t from = 0; from < w->rows; from += strip) {
         strips[n] = strip_at(a, s, from, w->rows);
@@ -688,7 +702,7 @@ static void attend_rows(const call *a, const attend_scratch *s, const query_bloc
         int32_t j = listed(w, x), at = j * c->block_k, keys = least(c->block_k, k_valid(a, w->b) - at);
         for (int32_t y = 0; y < n; y++) {
             take_block(a, w, &strips[y], j);
-            look_ahead(a, w, y, x, &strips[y]);
+            ahead(a, w, y, x, &strips[y]);
             weigh(a, &strips[y], w->h, keys, at, w->first + y * strip);
         }
         /* All strips again, so that K and then V stay in the first-level cache (32 KB hold one of them, not both). */
@@ -699,6 +713,18 @@ static void attend_rows(const call *a, const attend_scratch *s, const query_bloc
         a->set->store(&strips[y], i8 ? w->kv.v_scale : NULL, w->out + y * strip * a->out_strides[2], a->out_strides[2]);
 }
 
+/* i8: what belongs to query block i. */
+static void find_packed(const call *a, query_block *w, int32_t i, int32_t thread) {
+    const dsa_config *c = a->c;
+    int32_t kv = w->b * c->kv_heads + w->g, next = kv + largest(a->m.shared, 1), b = next / c->kv_heads;
+    int32_t g = next % c->kv_heads, group = c->q_heads / c->kv_heads;
+    w->kv = packed_of(a, kv, thread);
+    if (next >= a->whole || i >= k_blocks(c)) return;
+    w->next_q = head_of(a->q, b, g * group + w->h % group) + (ptrdiff_t)i * c->block_q * a->q.row;
+    w->next_k = head_of(a->k, b, g) + (ptrdiff_t)i * c->block_k * a->k.row;
+    w->next_v = head_of(a->v, b, g) + (ptrdiff_t)i * c->block_k * a->v.row;
+}
+
 static void attend_block(void *arg, int32_t at, int32_t thread) {
     const call *a = arg;
     const dsa_config *c = a->c;
@@ -706,7 +732,7 @@ static void attend_block(void *arg, int32_t at, int32_t thread) {
     int32_t full = least(c->block_q, c->q_rows - from), rows = largest(0, rows_of(a, b, i));
     size_t list = (size_t)(b * list_heads(c) + h / (c->q_heads / list_heads(c))) * (size_t)nq + (size_t)i;
     query_block w = {.b = b, .h = h, .g = h / (c->q_heads / c->kv_heads), .first = c->q_offset + from, .rows = rows};
-    if (c->compute == DSA_I8) w.kv = packed_of(a, b * c->kv_heads + w.g, thread);
+    if (c->compute == DSA_I8) find_packed(a, &w, i, thread);
     w.idx = a->kept_idx ? a->kept_idx + list * (size_t)dsa_kmax(c) : NULL;
     w.kept = w.idx ? a->kept_cnt[list] : candidates(a, b, i, rows);
     w.q = head_of(a->q, b, h) + from * a->q.row;

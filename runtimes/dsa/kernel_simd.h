@@ -92,9 +92,9 @@ static void load_q(const dsa_strip *t, const float *q, ptrdiff_t row, float scal
 
 /* A few rows per tile: asked for all at once they would only queue up. Out of line, away from the tiles' registers. */
 static __attribute__((noinline)) void ask(dsa_rows soon, int dim, int first, int rows) {
-    const float *x = soon.x + first * soon.row;
-    for (int i = 0; i < rows; i++, x += soon.row)
-        for (int d = 0; d < dim; d += 16) __builtin_prefetch(x + d, 0, 2);
+    for (int i = first; i < first + rows; i++)
+        for (int d = 0; d < dim && (i & soon.mask) == soon.part; d += 16)
+            __builtin_prefetch(soon.x + i * soon.row + d, 0, 2);
 }
 
 INLINE void ask_rows(dsa_rows soon, int dim, int first, int rows) {

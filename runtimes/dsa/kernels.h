@@ -11,6 +11,7 @@ unsigned dsa_cpu(void);
 typedef struct {
     const float *x; /* NULL: none */
     ptrdiff_t row;
+    int32_t mask, part; /* of them, those whose number & mask is part */
 } dsa_rows;
 
 /* A strip is some vectors of queries: one query per lane. Logits are computed transposed, [key][query], so that
