@@ -587,17 +587,6 @@ static void take_block(const call *a, const query_block *w, dsa_strip *t, int32_
     t->k_scale = w->kv.k_scale[at];
 }
 
-/* A causal block that crosses the strip's diagonal: hides key i from the queries before it, finds the maxima again. */
-static void hide_future(const dsa_strip *t, int32_t strip, int32_t first_key, int32_t first_query) {
-    for (int32_t r = 0; r < t->lanes; r++) {
-        int32_t seen = largest(0, least(t->keys, first_query + r - first_key + 1));
-        t->high[r] = -1e30f;
-        for (int32_t i = 0; i < seen; i++)
-            if (t->s[i * strip + r] > t->high[r]) t->high[r] = t->s[i * strip + r];
-        for (int32_t i = seen; i < t->keys; i++) t->s[i * strip + r] = NONE;
-    }
-}
-
 /* Adds what each key's distance from each query is worth; in log2, as the logits are. Out of line, so that calls without
  * a position bias execute what they did before there was one. */
 static __attribute__((noinline)) void shift_by_position(const call *a, const dsa_strip *t, int32_t h, int32_t first_key,
@@ -616,10 +605,11 @@ static void weigh(const call *a, dsa_strip *t, int32_t h, int32_t keys, int32_t 
     int i8 = c->compute == DSA_I8;
     int32_t seen = c->causal ? least(keys, first_query + t->rows - first_key) : keys;
     t->keys = seen <= 0 ? 0 : i8 ? keys : seen; /* i8: v_sum is of the whole block */
+    t->past = c->causal ? least(first_query - first_key + 1, NO_FUTURE) : NO_FUTURE;
     if (!t->keys) return;
     (i8 ? a->set->qk8 : a->set->qk)(t);
     if (c->position_bias) shift_by_position(a, t, h, first_key, first_query);
-    if (c->causal && first_key + t->keys - 1 > first_query) hide_future(t, a->set->strip, first_key, first_query);
+    if (t->past < t->keys) a->set->hide(t);
     (i8 ? a->set->softmax8 : a->set->softmax)(t);
 }
 

@@ -59,6 +59,11 @@ static void shift(const dsa_strip *t, const float *by) {
         for (int r = 0; r < t->lanes; r++) raise(t, key, r, t->s[key * STRIP + r] + by[t->keys - 1 - key + r]);
 }
 
+static void hide(const dsa_strip *t) {
+    for (int key = 0; key < t->keys; key++)
+        for (int r = 0; r < t->lanes; r++) raise(t, key, r, key < t->past + r ? t->s[key * STRIP + r] : -__builtin_inff());
+}
+
 static void softmax(const dsa_strip *t) {
     for (int r = 0; r < t->lanes; r++) {
         float top = t->high[r] > t->top[r] ? t->high[r] : t->top[r], sum = 0;
@@ -177,5 +182,6 @@ static void pv8(const dsa_strip *t) {
         }
 }
 
-const dsa_kernel_set dsa_kernels_scalar = {"scalar", WIDTH, STRIP, load_q, qk,    softmax, pv,    store_rows, load8,
-                                           qk8,      softmax8, pv8, shift, means,   product, peaks, pack_k,  pack_v};
+const dsa_kernel_set dsa_kernels_scalar = {"scalar", WIDTH, STRIP, load_q, qk,   softmax, pv,      store_rows, load8,
+                                           qk8,      softmax8, pv8, shift, hide, means,   product, peaks,      pack_k,
+                                           pack_v};

@@ -125,14 +125,30 @@ INLINE void qk_tile(const dsa_strip *t, int at, const int vectors, vec *high, in
         }
 }
 
+/* How many keys the queries before `end` need: those one of them sees, and what their last tile of P V reads. */
+INLINE int keys_before(const dsa_strip *t, int end) {
+    const int needed = t->past + end + MOST_ROWS;
+    return needed < 0 ? 0 : needed < t->keys ? needed : t->keys;
+}
+
+/* Where there is a future, fewer lanes at a time leave more of it out. */
+#define IN_LANES(t, f, ...)                                             \
+    do {                                                                \
+        if ((t)->past < (t)->keys)                                      \
+            IN_GROUPS((t)->lanes, 2, f, __VA_ARGS__);                   \
+        else                                                            \
+            IN_VECTORS((t)->lanes, f, __VA_ARGS__);                     \
+    } while (0)
+
 INLINE void qk_lanes(const dsa_strip *t, int at, const int vectors) {
+    const int keys = keys_before(t, at + vectors * WIDTH);
     vec high[VECTORS];
     EACH(j, vectors) high[j] = vset(-1e30f);
-    IN_TILES(t->keys, vectors, qk_tile, t, at, vectors, high);
+    IN_TILES(keys, vectors, qk_tile, t, at, vectors, high);
     EACH(j, vectors) vstore(t->high + at + j * WIDTH, high[j]);
 }
 
-static void qk(const dsa_strip *t) { IN_VECTORS(t->lanes, qk_lanes, t); }
+static void qk(const dsa_strip *t) { IN_LANES(t, qk_lanes, t); }
 
 static void shift(const dsa_strip *t, const float *by) {
     for (int at = 0; at < t->lanes; at += WIDTH) {
@@ -146,11 +162,33 @@ static void shift(const dsa_strip *t, const float *by) {
     }
 }
 
+/* 16 lanes that do not see a key, then 16 that do. */
+static const int32_t edge[32] = {[16 ... 31] = -1};
+
+static void hide(const dsa_strip *t) {
+    const ivec none = as_int(vset(-__builtin_inff()));
+    for (int at = 0; at < t->lanes; at += WIDTH) {
+        vec high = vset(-1e30f);
+        for (int i = 0; i < t->keys; i++) {
+            const int hidden = i - t->past - at + 1; /* of these lanes, from the first one on */
+            vec s = vload(t->s + i * STRIP + at);
+            if (hidden > 0) {
+                ivec seen = hidden < WIDTH ? iload(edge + 16 - hidden) : iset(0);
+                s = (vec)((as_int(s) & seen) | (none & ~seen));
+                vstore(t->s + i * STRIP + at, s);
+            }
+            high = vmax(s, high);
+        }
+        vstore(t->high + at, high);
+    }
+}
+
 static void softmax(const dsa_strip *t) {
     for (int at = 0; at < t->lanes; at += WIDTH) {
+        const int keys = keys_before(t, at + WIDTH);
         vec old = vload(t->top + at), top = vmax(vload(t->high + at), old), sum = vset(0.0f);
         vec alpha = exp2_fine(vsub(old, top));
-        for (int i = 0; i < t->keys; i++) {
+        for (int i = 0; i < keys; i++) {
             vec p = exp2_fine(vsub(vload(t->s + i * STRIP + at), top));
             vstore(t->s + i * STRIP + at, p);
             sum = vadd(sum, p);
@@ -165,11 +203,12 @@ INLINE void pv_tile(const dsa_strip *t, int column, const int vectors, int first
     vec sum[MOST_ROWS][VECTORS];
     float *o = t->o + first * t->dim + column;
     const float *p = t->s + first, *v = t->v + column;
+    const int keys = keys_before(t, first + rows - MOST_ROWS);
     ask_rows(t->by_pv, t->dim, first, rows);
     EACH(i, rows)
         EACH(j, vectors)
             sum[i][j] = vmul(vload(o + i * t->dim + j * WIDTH), vset(t->alpha[first + i]));
-    for (int key = 0; key < t->keys; key++) {
+    for (int key = 0; key < keys; key++) {
         vec b[VECTORS];
         lanes a[(MOST_ROWS + 3) / 4];
         EACH(j, vectors) b[j] = vload(v + key * t->v_row + j * WIDTH);
@@ -418,13 +457,14 @@ INLINE void qk8_tile(const dsa_strip *t, int at, const int vectors, vec *high, i
 }
 
 INLINE void qk8_lanes(const dsa_strip *t, int at, const int vectors) {
+    const int keys = keys_before(t, at + vectors * WIDTH);
     vec high[VECTORS];
     EACH(j, vectors) high[j] = vset(-1e30f);
-    IN_TILES(t->keys, vectors, qk8_tile, t, at, vectors, high);
+    IN_TILES(keys, vectors, qk8_tile, t, at, vectors, high);
     EACH(j, vectors) vstore(t->high + at + j * WIDTH, high[j]);
 }
 
-static void qk8(const dsa_strip *t) { IN_VECTORS(t->lanes, qk8_lanes, t); }
+static void qk8(const dsa_strip *t) { IN_LANES(t, qk8_lanes, t); }
 
 /* The next `keys` (at most 4) probabilities of a vector of queries as bytes; missing ones are 0. */
 INLINE ivec p_words(const float *s, const int keys, vec from) {
@@ -489,7 +529,7 @@ INLINE void pv8_columns(const dsa_strip *t, int column, const int vectors) {
 
 static void pv8(const dsa_strip *t) { IN_VECTORS(t->dim, pv8_columns, t); }
 
-#define KERNEL_SET(set)                                                                                         \
-    const dsa_kernel_set dsa_kernels_##set = {#set,  WIDTH, STRIP,    load_q, qk,    softmax, pv,    store_rows, \
-                                              load8, qk8,   softmax8, pv8,    shift, means,   product, peaks,    \
+#define KERNEL_SET(set)                                                                                           \
+    const dsa_kernel_set dsa_kernels_##set = {#set,  WIDTH, STRIP,    load_q, qk,    softmax, pv,    store_rows,   \
+                                              load8, qk8,   softmax8, pv8,    shift, hide,    means, product, peaks, \
                                               pack_k, pack_v}

@@ -16,9 +16,11 @@ typedef struct {
 
 /* A strip is some vectors of queries: one query per lane. Logits are computed transposed, [key][query], so that
  * K and V are read where they are, softmax needs no horizontal step, and P is already the packed operand of PV. */
+#define NO_FUTURE (1 << 20)
 typedef struct {
     int32_t rows, lanes; /* queries; the same rounded up to whole vectors */
     int32_t keys, dim;
+    int32_t past; /* keys the first query sees; each later one sees one more, up to all (NO_FUTURE: all see all) */
     const float *k, *v; /* [keys][dim] with these row strides */
     ptrdiff_t k_row, v_row;
     dsa_rows by_qk, by_pv;                    /* what they ask for: by_qk [keys][dim], by_pv [rows][dim] */
@@ -67,6 +69,8 @@ typedef struct {
     void (*pv8)(const dsa_strip *t);
     /* s += by[keys - 1 - key + query], and high again: what lies on a diagonal gets the same */
     void (*shift)(const dsa_strip *t, const float *by);
+    /* s = -inf where a query does not see the key, and high again */
+    void (*hide)(const dsa_strip *t);
     /* Two at once: what comes from far memory comes faster from two places */
     void (*means)(dsa_pool one, dsa_pool other, int dim);
     /* Terms are added in order and unfused: the same bits on every CPU */
