@@ -110,20 +110,19 @@ def distil(
         if model.output.shape[1:2] == (-1,) and len({*lengths}) > 1:
             raise BadInput(f"{model.name} answers every token; distillation learns one answer a text")
         picked = used(lengths, recipe)
-        asked_of = [theirs[i] for i in picked]
-        known = answers(teacher, asked_of, losses.deep, Path(folder) if folder else None, recipe.bf16, progress)
+        kept_in = Path(folder) if folder else None
+        known = answers(teacher, [theirs[i] for i in picked], losses.deep, kept_in, recipe.bf16, progress)
         module = _learning(model.module, dropout)
         learner = _Learner(model, module, known, picked, _targets(labels, len(read_texts)), rows, losses)
         asked = (losses, dropout, model.task.kind, known.made_of, labels, *(() if embeddings else ("words fixed",)))
         made_of = _digest(repr(asked), rows)
         name = _digest(f"{made_of} {recipe} {_of(module)}", ())[:16]
-        checkpoint = Path(folder) / "students" / f"{name}.safetensors" if folder else None
+        checkpoint = kept_in / "students" / f"{name}.safetensors" if kept_in else None
         with _tapped(module, losses.deep) as taken, _words(module, learn=embeddings):
-            loss = learner.loss(taken)
             done = fit(
                 learner.module,
                 lengths,
-                loss,
+                learner.loss(taken),
                 recipe,
                 checkpoint=checkpoint,
                 made_of=made_of,
