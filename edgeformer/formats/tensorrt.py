@@ -14,12 +14,12 @@ from dataclasses import replace
 
 from edgeformer_agent import wire
 
-from .. import native, onnx_graph
+from .. import data, native, onnx_graph
 from ..attention import onnx_function
 from ..errors import ExportError
 from ..model import Model
 from ..program import Program
-from ..tensorrt import lower, rules
+from ..tensorrt import lower, ranges, rules
 
 PRECISIONS = ("fp16", "fp32")
 RUNTIME = wire.Runtime("tensorrt", "8.2", "8.3")
@@ -34,6 +34,9 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     traced = onnx_graph.trace(replace(model, past=None), "tensorrt")  # it does not generate
     sparse = onnx_function.present(traced)
     made = {"model.onnx": lower.standard(traced)} | ({"plugin.onnx": lower.with_plugin(traced)} if sparse else {})
+    if "fp16" in precisions:
+        seen = ranges.peaks(made["model.onnx"].proto, data.load(model, None, None).rows)
+        made = {name: lowered.with_fp32(ranges.loud(lowered.proto, seen)) for name, lowered in made.items()}
     for name, lowered in made.items():
         rules.hold(lowered.proto, f"{model.name}, {name}", lowered.fp32 if "fp16" in precisions else None)
     files = {name: lowered.proto.SerializeToString(deterministic=True) for name, lowered in made.items()}
