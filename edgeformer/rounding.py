@@ -5,6 +5,9 @@ Linear layers and embedding tables are rounded symmetrically by row: int8 with o
 GROUP of a row's columns; the largest weight becomes 127 or 7. Activations are rounded while a program runs, around a
 zero point, with a scale for each token or for each input row ("tensor", as ONNX Runtime's int8 does).
 
+A table of a FEW rows (token types) stays in fp32: each of its rows is added to many tokens or to all, and its error is
+the same in all of them and does not average out.
+
 The straight-through rounding is torch's own. torchao's fake quantizers choose scales that no exporter here writes (the
 largest weight becomes 127.5 or 7.5), so that training would learn other numbers than the file holds.
 """
@@ -12,7 +15,7 @@ largest weight becomes 127.5 or 7.5), so that training would learn other numbers
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -24,9 +27,12 @@ from torch.nn.utils import parametrize
 from .errors import BadInput
 from .model import Model
 
+FEW = 16  # rows of a table that stays in fp32
 GROUP = 32  # columns that share a scale in int4
 MOST = {"int8": 127, "int4": 7}
 SMALLEST = 1e-12  # scale of a row of zeros
+DAMPING = 0.05  # of the mean square of what reaches a matrix: as much of it is taken for independent noise
+AT_ONCE = 64  # rows
 ACTIVATIONS = ("token", "tensor", "none")
 FINENESS = ("int4", "int8", "fp16", "fp32")
 # What a program of a precision stores: linear layers, embedding tables.
@@ -56,6 +62,34 @@ def stored(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     return values.reshape(weight.shape), scales
 
 
+def factor(moments: np.ndarray) -> np.ndarray:
+    """
+    What `compensated` needs to know of what a matrix is multiplied by. moments: [depth, depth] fp64, the mean of x xT.
+    -> upper triangular U with UT U the inverse of the moments.
+    """
+    noise = DAMPING * float(np.diag(moments).mean()) or 1.0
+    inverse = np.linalg.inv(moments + noise * np.eye(len(moments)))
+    upper: np.ndarray = np.linalg.cholesky((inverse + inverse.T) / 2).T
+    return upper
+
+
+def compensated(whole: np.ndarray, upper: np.ndarray, most: int) -> np.ndarray:
+    """
+    [depth, channels] in steps of each channel -> integers up to `most`, not each the nearest: what rounding a row loses
+    is made up for by the rows behind it, as far as their inputs go together (Frantar et al., GPTQ, arXiv 2210.17323).
+    """
+    left, made = whole.astype(np.float64), np.empty(whole.shape)
+    for start in range(0, len(left), AT_ONCE):
+        end = min(start + AT_ONCE, len(left))
+        lost = np.empty_like(left[start:end])
+        for i in range(start, end):
+            made[i] = np.clip(np.rint(left[i]), -most, most)
+            lost[i - start] = (left[i] - made[i]) / upper[i, i]
+            left[i + 1 : end] -= upper[i, i + 1 : end, None] * lost[i - start]
+        left[end:] -= upper[start:end, end:].T @ lost
+    return made
+
+
 def pretended(weight: Tensor, precision: str) -> Tensor:
     """The fp32 numbers that the stored ones stand for; the gradient passes as if nothing had been rounded."""
     with torch.no_grad():
@@ -76,10 +110,15 @@ def asked(model: Model, precision: str) -> dict[str, str]:
     """Path of each layer -> what a program of `precision` stores it in, finer where the model says so."""
     made = {}
     for name, layer in layers(model.module).items():
-        part = PARTS[precision][isinstance(layer, torch.nn.Embedding)]
+        table = isinstance(layer, torch.nn.Embedding)
+        part = PARTS[precision][table]
         part = max(part, model.precisions.get(name, part), key=FINENESS.index)
-        made[name] = fitting(part, layer.weight.shape[1])
+        made[name] = _stored_in(part, layer.weight.shape, table=table)
     return made
+
+
+def _stored_in(precision: str, shape: Sequence[int], *, table: bool) -> str:
+    return "fp32" if table and shape[0] <= FEW else fitting(precision, shape[1])
 
 
 @dataclass(frozen=True)
@@ -93,11 +132,6 @@ class Chosen:
     finer: Mapping[Content, str] = field(default_factory=dict)
     ranges: Mapping[Content, tuple[float, float]] = field(default_factory=dict)  # of activations
 
-    @property
-    def plain(self) -> bool:
-        """All of it int8, activations rounded as they come."""
-        return self.parts == ("int8", "int8") and not self.finer and not self.ranges
-
     def range_of(self, matrix: np.ndarray) -> tuple[float, float] | None:
         """What reaches a linear layer [out, in]: its least and greatest value."""
         return self.ranges.get(_content(matrix))
@@ -106,7 +140,7 @@ class Chosen:
         """`matrix`: [out, in] of a linear layer, [rows, columns] of a table."""
         part = self.parts[table]
         found = self.finer.get(_content(matrix), part) if self.finer else part
-        return fitting(max(part, found, key=FINENESS.index), matrix.shape[1])
+        return _stored_in(max(part, found, key=FINENESS.index), matrix.shape, table=table)
 
 
 def chosen(model: Model, precision: str) -> Chosen:

@@ -141,8 +141,6 @@ def _integers(data: bytes, chosen: rounding.Chosen) -> bytes:
 
 def _others(data: bytes, chosen: rounding.Chosen) -> Iterator[tuple[str, Any, str]]:
     """What is not int8: a pattern of its place, as the quantizer names places, the kind of operator, the precision."""
-    if chosen.plain:
-        return
     model = schema.ModelT.InitFromPackedBuf(data, 0)
     kinds = {schema.BuiltinOperator.FULLY_CONNECTED: False, schema.BuiltinOperator.EMBEDDING_LOOKUP: True}
     found: dict[int, str] = {}  # buffer -> precision: signatures share weights
