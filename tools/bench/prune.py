@@ -32,7 +32,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from edgeformer import data, formats, model as models, structure  # noqa: E402
-from edgeformer.passes import Pass, dynamic, prune, unstructured  # noqa: E402
+from edgeformer.passes import Pass, dynamic, prune, student, unstructured  # noqa: E402
 from edgeformer_agent import runners  # noqa: E402
 
 Entry = dict[str, Any]
@@ -45,6 +45,8 @@ def variants(arguments: argparse.Namespace, rows: data.Rows, cost: prune.Cost) -
     for method in filter(None, arguments.methods.split(",")):
         for keep in arguments.keep:
             yield f"{method} keep {keep:g}", prune.structured(rows, keep=keep, method=method, cost=cost)
+    for hidden in arguments.width:
+        yield f"width {hidden}", student.width(hidden)
     if arguments.dynamic:
         yield "tokens keep 0.6", dynamic.tokens(rows, keep=0.6, after=1)
         yield "early exit", dynamic.early_exit(rows, after=2)
@@ -166,6 +168,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--formats", type=lambda s: s.split(","), default=["onnx", "litert"])
     parser.add_argument("--costs", choices=("measured", "operations"), default="measured", help="what units cost")
     parser.add_argument("--dynamic", action="store_true", help="token pruning and early exit as well; ONNX only")
+    parser.add_argument(
+        "--width", type=lambda s: [int(x) for x in s.split(",")], default=[], help="narrower streams, untrained"
+    )
     parser.add_argument("--unstructured", action="store_true", help="zeros among the weights as well")
     parser.add_argument("--precision", default="int8")
     parser.add_argument("--every", type=int, default=4, help="one of so many dev rows is timed")
