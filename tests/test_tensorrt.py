@@ -26,7 +26,7 @@ from onnx import TensorProto as T, helper  # noqa: E402
 from test_formats import entry  # noqa: E402
 
 import edgeformer as ef  # noqa: E402
-from edgeformer import check, data, formats, model as models, onnx_graph  # noqa: E402
+from edgeformer import check, data, formats, model as models, onnx_graph, rounding  # noqa: E402
 from edgeformer.attention import onnx_function  # noqa: E402
 from edgeformer.errors import ExportError  # noqa: E402
 from edgeformer.program import Program  # noqa: E402
@@ -265,16 +265,35 @@ def test_a_root_mean_square_stays_fp32_up_to_its_reciprocal() -> None:
     )
 
 
+@pytest.mark.parametrize("op", ["MatMul", "Gemm"])
+def test_a_layer_asked_in_fp32_stays_so_with_its_bias(op: str) -> None:
+    weight = RANDOM.standard_normal((16, 8)).astype(np.float32)
+    x = {"x": RANDOM.standard_normal((3, 16)).astype(np.float32)}
+    nodes = [
+        node(op, ["x", "w"], ["y"], "product"),
+        node("Add", ["y", "b"], ["z"], "bias"),
+        node("Add", ["z", "z"], ["out"], "next"),
+    ]
+    made = graph(nodes, x, {"w": weight, "b": weight[0]}, opset=13)
+    key = rounding._content(np.ascontiguousarray(weight.T))
+    assert list(lower.layers(made, rounding.Chosen(("fp16", "fp16"), exact={key: "layer"}))) == ["product", "bias"]
+    assert list(lower.layers(made, rounding.Chosen(("fp16", "fp16")))) == []
+    with pytest.raises(ExportError, match="tensorrt: precisions: other = fp32: the program has no such linear layer"):
+        list(lower.layers(made, rounding.Chosen(("fp16", "fp16"), exact={((8, 16), b""): "other"})))
+
+
 @pytest.mark.slow
 def test_what_is_seen_to_leave_fp16_stays_fp32(tmp_path: Path) -> None:
-    model = replace(families.loud(1e6), past=None)
+    up = "module.model.layers.1.mlp.up_proj"
+    model = replace(families.loud(1e6), past=None, precisions={up: "fp32"})
     rows = data.load(model, None, None).rows[:16]
     wanted = check.reference(model, rows, lambda _: None)
     program = exported(model)["fp16"]
     made = lower.standard(onnx_graph.trace(model, "tensorrt"))
     plan = program.files["build.txt"].decode().splitlines()
     kept = {line.split()[2] for line in plan if line.startswith("fp32")}
-    assert kept > set(made.fp32)
+    (asked,) = lower.layers(made.proto, rounding.chosen(model, "fp16"))
+    assert kept > {asked, *made.fp32} and asked not in made.fp32
     without = [line for line in plan if not line.startswith("fp32") or line.split()[2] in made.fp32]
     changed = replace(program, files={**program.files, "build.txt": "\n".join(without).encode()})
     found = check.fidelity(model, [opened(program, model, tmp_path)(row) for row in rows], wanted, None)

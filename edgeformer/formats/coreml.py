@@ -25,7 +25,7 @@ import torch
 
 from edgeformer_agent import wire
 
-from .. import rms_norm
+from .. import rms_norm, rounding
 from ..attention import static, swap
 from ..attention.dsa import Scorer
 from ..attention.reference import TOP_K
@@ -70,7 +70,7 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     except Exception as error:
         raise ExportError(f"coreml: {model.name} does not convert: {type(error).__name__}: {error}") from error
     for precision in precisions:
-        package = assemble(converted, precision)
+        package = assemble(converted, precision, rounding.chosen(model, precision))
         order = sorted(package.files, key=lambda name: (name != MANIFEST, name))
         yield Program(
             format="coreml",

@@ -15,8 +15,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, inliner, numpy_helper
 
+from .. import onnx_graph
 from ..attention import onnx_function
 from ..errors import ExportError
+from ..rounding import Chosen
 
 OPSET, IR_VERSION = 13, 7
 PLUGIN, PLUGIN_VERSION = "EdgeformerDSA", "1"
@@ -209,6 +211,37 @@ def _fp32(graph: onnx.GraphProto, writer: _Writer) -> Iterator[str]:
             continue
         if node.name in writer.exact or sums & set(node.output) or node.name.startswith(_SELECT):
             yield node.name
+
+
+def layers(proto: onnx.ModelProto, chosen: Chosen) -> Iterator[str]:
+    """
+    The nodes of the linear layers that the model asks in fp32: product and bias. Raises ExportError where there is no
+    such layer.
+    """
+    if not chosen.exact:
+        return
+    weights = {w.name: w for w in proto.graph.initializer}
+    turned = onnx_graph.transposed(proto.graph)
+    found: set[str] = set()
+    products: set[str] = set()
+    for node in proto.graph.node:
+        if node.op_type in ("MatMul", "Gemm"):
+            rows_first = node.input[1] in turned or _attributes(node).get("transB", 0)
+            weight = weights.get(turned.get(node.input[1], node.input[1]))
+            if path := _computed_in_fp32(weight, rows_first, chosen):
+                found.add(path)
+                products |= set(node.output)
+                yield node.name
+        elif node.op_type == "Add" and products & set(node.input) and weights.keys() & set(node.input):
+            yield node.name
+    chosen.hold(found, "tensorrt")
+
+
+def _computed_in_fp32(weight: onnx.TensorProto | None, rows_first: bool, chosen: Chosen) -> str:
+    if weight is None or len(weight.dims) != 2 or weight.data_type != TensorProto.FLOAT:
+        return ""
+    array = numpy_helper.to_array(weight)
+    return chosen.computed_in_fp32(array if rows_first else array.T)
 
 
 def _turned_table(node: onnx.NodeProto, writer: _Writer) -> bool:
