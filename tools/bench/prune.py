@@ -6,7 +6,8 @@ What pruning costs and buys, measured on programs: one line a variant and format
 Accuracy is that of the exported program on dev.tsv, with the 95 % Wilson interval; `paired` counts rows that only this
 program, and only the dense one, has right. Speed-up is against the dense program of the same format and precision:
 process CPU time of one thread at natural lengths, programs interleaved row by row, the mean over rows of each row's
-median. `zipped` is the size after zlib -9. Calibration reads train.tsv.
+median. `zipped` is the size after zlib -9. Calibration reads train.tsv. The last line names what reaches the goal of
+pruning without retraining: so much faster than the same program unpruned, 99 % of fp32's accuracy, a pass of minutes.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from edgeformer_agent import runners  # noqa: E402
 Entry = dict[str, Any]
 LENGTHS = (16, 32, 48, 64, 128)
 PASSES = 4  # over the rows that are timed
+GOAL = {"speed_up": 1.5, "accuracy": 0.8776, "pass_cpu_s": 180.0}  # accuracy: .99 of MiniLM's .8865 on SST-2
 
 
 def variants(arguments: argparse.Namespace, rows: data.Rows, cost: prune.Cost) -> Iterator[tuple[str, Pass | None]]:
@@ -154,7 +156,15 @@ def main() -> None:
                 entry = next(e for e in entries if (e["format"], e["variant"]) == (format, name))
                 entry |= {"ms": value, "speed_up": ms["dense"] / value}
                 show({k: entry[k] for k in ("format", "variant", "accuracy", "ms", "speed_up")})
-    arguments.out.write_text(json.dumps({"rows": len(dev.rows), "timed": len(picked), "entries": entries}, indent=1))
+    reached = [f"{entry['format']} {entry['variant']}" for entry in entries if reaches(entry)]
+    show({"goal": GOAL, "reached_by": ", ".join(reached) or "nobody", "load": os.getloadavg()[0]})
+    said = {"rows": len(dev.rows), "timed": len(picked), "goal": GOAL, "reached": reached, "entries": entries}
+    arguments.out.write_text(json.dumps(said, indent=1))
+
+
+def reaches(entry: Entry) -> bool:
+    fast, good = (entry[name] >= GOAL[name] for name in ("speed_up", "accuracy"))
+    return fast and good and bool(entry["pass_cpu_s"] <= GOAL["pass_cpu_s"])
 
 
 def parsed() -> argparse.Namespace:
