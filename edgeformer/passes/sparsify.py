@@ -3,9 +3,9 @@ Dynamic sparse attention: each layer reads only the key blocks that its scorer e
 
     build(model, target, passes=[sparsify.dsa(long_texts, budget=0.5)])
 
-Trains the scorers on the rows given, finds the thresholds that keep `budget` of the blocks at their length, and swaps
-the attention. The model's own weights change only with `distil`, which small budgets need: they then learn to give with
-sparse attention what the dense model gives. At lengths where that would not be faster than dense, and in
+Trains the scorers on the rows given, finds thresholds that keep at most `budget` of the blocks at their length, and
+swaps the attention. The model's own weights change only with `distil`, which small budgets need: they then learn to
+give with sparse attention what the dense model gives. At lengths where that would not be faster than dense, and in
 layers that would keep nearly everything, attention stays dense.
 """
 
