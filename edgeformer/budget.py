@@ -61,6 +61,12 @@ class Limits:
             if value is not None and not value > 0 and not (name == "max_drop" and value == 0):
                 raise BadInput(f"{name} {value} must be above 0")
 
+    def words(self) -> str:
+        """In the units in which figures are shown."""
+        said = (("ms", self.max_latency_ms, 1), ("MB", self.max_size_mb, 1), ("% lost", self.max_drop, 100))
+        known = [f"{factor * most:g} {unit}" for unit, most, factor in said if most is not None]
+        return f"{', '.join(known)} at most" if known else "no limit"
+
     def met(self, latency_ms: float, size_mb: float, drop: float) -> bool:
         wanted = (self.max_latency_ms, self.max_size_mb, self.max_drop)
         return all(
@@ -132,9 +138,7 @@ class Outcome:
         """What came nearest, for who asked for more."""
         real = sorted((p for p in self.points if p.real), key=lambda p: self._excess(p))[:3]
         lines = [f"trial {p.trial}: {_words(p.real)} {_settings(p.settings)}" for p in real if p.real]
-        return f"no program of {self.model} on {self.target} meets {_limits(self.limits)}; nearest:\n" + "\n".join(
-            lines
-        )
+        return f"no program of {self.model} on {self.target} meets {self.limits.words()}; nearest:\n" + "\n".join(lines)
 
     def _excess(self, point: Point) -> float:
         assert point.real is not None
@@ -411,11 +415,6 @@ def _save(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, "utf-8")
     temporary.replace(path)
-
-
-def _limits(limits: Limits) -> str:
-    said = {k.removeprefix("max_"): v for k, v in dataclasses.asdict(limits).items() if v is not None}
-    return ", ".join(f"{name} {value:g} at most" for name, value in said.items()) or "no limit"
 
 
 def _words(real: Real) -> str:

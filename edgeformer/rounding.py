@@ -15,7 +15,7 @@ largest weight becomes 127.5 or 7.5), so that training would learn other numbers
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.nn.utils import parametrize
 
-from .errors import BadInput
+from .errors import BadInput, ExportError
 from .model import Model
 
 NEAR = 1 / 32  # of a token's largest value: what is above is quantized by itself in `Apart`
@@ -132,10 +132,26 @@ class Chosen:
     parts: tuple[str, str]  # linear layers, embedding tables
     finer: Mapping[Content, str] = field(default_factory=dict)
     ranges: Mapping[Content, tuple[float, float]] = field(default_factory=dict)  # of activations
+    exact: Mapping[Content, str] = field(default_factory=dict)  # linear layers asked in fp32, and their paths
 
     def range_of(self, matrix: np.ndarray) -> tuple[float, float] | None:
         """What reaches a linear layer [out, in]: its least and greatest value."""
         return self.ranges.get(_content(matrix))
+
+    def computed_in_fp32(self, matrix: np.ndarray) -> str:
+        """
+        The path of a linear layer [out, in] that must be, where the arithmetic is fp16; "" of another. A table is only
+        looked up: in fp16 it gives what fp16 arithmetic would take of it.
+        """
+        return self.exact.get(_content(matrix), "") if self.exact else ""
+
+    def hold(self, found: Collection[str], format: str) -> None:
+        """Raises ExportError unless every layer that must be computed in fp32 is among those `found` in a program."""
+        if lost := sorted({*self.exact.values()} - {*found}):
+            raise ExportError(
+                f"{format}: precisions: {lost[0]} = fp32: the program has no such linear layer (it was folded, or no "
+                "output needs it); leave it out of the model's precisions"
+            )
 
     def of(self, matrix: np.ndarray, *, table: bool) -> str:
         """`matrix`: [out, in] of a linear layer, [rows, columns] of a table."""
@@ -147,14 +163,17 @@ class Chosen:
 def chosen(model: Model, precision: str) -> Chosen:
     """For a program of this precision. Raises BadInput where the model keeps a layer that it has not."""
     finer: dict[Content, str] = {}
+    exact: dict[Content, str] = {}
     known = layers(model.module)
     for name, found in model.precisions.items():
         if name not in known or found not in FINENESS:
             raise BadInput(f"precisions: {name} = {found}: {model.name} has no such layer, or it is none of {FINENESS}")
         key = _content(known[name].weight.detach().numpy())
         finer[key] = max(found, finer.get(key, found), key=FINENESS.index)
+        if found == "fp32" != precision and isinstance(known[name], torch.nn.Linear):
+            exact[key] = name
     if precision != "int8-static":
-        return Chosen(PARTS[precision], finer)
+        return Chosen(PARTS.get(precision, (precision, precision)), finer, exact=exact)
     if not model.ranges:
         raise BadInput(
             f"int8-static needs the ranges of {model.name}'s activations: add the pass smooth.linears, in a recipe "

@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from edgeformer import calibration, check, data, formats, model as models, rounding  # noqa: E402
-from edgeformer.errors import BadInput  # noqa: E402
+from edgeformer.errors import BadInput, ExportError  # noqa: E402
 from edgeformer.passes import distil, mixed, qat  # noqa: E402
 from edgeformer.program import Program  # noqa: E402
 from edgeformer.train import Recipe, fit, quiet  # noqa: E402
@@ -110,6 +110,42 @@ def test_int4_runs_and_pretending_says_what_it_answers(format: str) -> None:
         assert types[schema.TensorType.INT4] == 11
 
 
+def test_core_ml_computes_a_layer_in_fp32_and_stores_one_in_int8() -> None:
+    pytest.importorskip("coremltools")
+    import coremltools as ct
+    from coremltools.converters.mil.frontend.milproto.load import load as read_by_apple
+
+    from edgeformer_agent import mil
+
+    model = replace(bert(), precisions={QUERY: "fp32", INNER: "int8"})
+    rows = data.load(model, None, None).rows[:4]
+    fp32 = np.stack(check.reference(model, rows, lambda _n: None))
+    weight = rounding.layers(model.module)[QUERY].weight.detach().numpy()
+    for program in formats.load("coreml").export(model, ["int4", "fp16", "fp32"]):
+        with check.opened(program) as path:
+            folder = str(Path(path).parent)
+            operations = mil.Package(folder).function("length_16").operations
+            spec = ct.utils.load_spec(folder)
+            read_by_apple(spec, spec.specificationVersion, f"{folder}/{mil.WEIGHTS}".rpartition("/")[0])  # checks types
+        made = {x.outputs[0].name: x for x in operations}
+        linear = [x for x in operations if x.kind == "linear"]
+        wide = [x for x in linear if x.outputs[0].type.dtype == "float32"]
+        held = [made[x.inputs["weight"][0].name] for x in linear]
+        kinds = Counter("int" if "data" in x.inputs else x.attributes["val"].dtype.name for x in held)
+        assert sum(x.kind == "const" and np.array_equal(x.attributes["val"], weight) for x in held) == 1
+        if program.precision == "fp32":
+            assert kinds == {"float32": 12} and len(wide) == 12
+            continue
+        assert len(wide) == 1 and made[wide[0].inputs["x"][0].name].kind == "cast"
+        got = answer(program, rows)
+        if program.precision == "fp16":
+            assert kinds == {"float32": 1, "float16": 11} and distance(got, fp32) < 1e-3
+            continue
+        most = sorted(int(np.abs(x.inputs["data"][0]).max()) for x in held if "data" in x.inputs)
+        assert kinds == {"float32": 1, "int": 4, "float16": 7} and most[-1] == 127 and 8 >= most[2] >= most[0] >= 7
+        assert distance(got, fp32) < 0.05
+
+
 NARROWING = {"next_token": "module.model.layers.1.mlp.down_proj", "embedding": "module.encoder.layer.0.output.dense"}
 
 
@@ -172,12 +208,35 @@ def test_a_mistake_is_named(settings: dict[str, Any], words: str) -> None:
 def test_a_layer_that_is_not_there_is_named() -> None:
     with pytest.raises(BadInput, match=r"module\.nothing = int8: tiny has no such layer"):
         rounding.chosen(replace(bert(), precisions={"module.nothing": "int8"}), "int4")
+    asked = rounding.chosen(replace(bert(), precisions={QUERY: "fp32", WORDS: "fp32", INNER: "int8"}), "fp16")
+    asked.hold([QUERY], "coreml")
+    with pytest.raises(ExportError, match=rf"coreml: precisions: {QUERY} = fp32: the program has no such linear"):
+        asked.hold([], "coreml")
     with pytest.raises(BadInput, match="precision 'int3' must be one of"):
         qat.train(TEXTS, precision="int3")
 
 
 class StoppedError(Exception):
     """In the middle of training."""
+
+
+def test_a_decoder_learns_with_rounding_too() -> None:
+    module = families.tiny("llama")
+    with torch.no_grad():
+        module.lm_head.weight.mul_(20)  # answers worth learning
+    model = models.load(module, name="tiny", lengths=(16,), tokenizer=families.tokenizer())
+    random = np.random.default_rng(0)
+    texts = [" ".join(f"w{n}" for n in random.integers(3, 40, random.integers(2, 12))) for _ in range(240)]
+    recipe = Recipe(epochs=4, batch=16, rate=1e-3, bf16=False)
+    made = qat.train(texts[:200], activations="token", recipe=recipe)(model)
+
+    def lost(trained: models.Model) -> float:
+        rounded = replace(trained, module=rounding.pretending(trained, rounding.asked(trained, "int4"), "token"))
+        outputs = (np.stack(check.reference(x, rows, lambda _n: None)) for x in (rounded, model))
+        return distance(*(torch.tensor(x).softmax(-1).numpy() for x in outputs))
+
+    rows = data.load(model, texts[200:], None).rows  # that it did not learn from
+    assert lost(made) < 0.8 * lost(model)
 
 
 def test_training_with_rounding_resumes_with_the_same_bits_and_loses_less(
