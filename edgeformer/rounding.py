@@ -27,6 +27,7 @@ from torch.nn.utils import parametrize
 from .errors import BadInput, ExportError
 from .model import Model
 
+NEAR = 1 / 32  # of a token's largest value: what is above is quantized by itself in `Apart`
 FEW = 16  # rows of a table that stays in fp32
 GROUP = 32  # columns that share a scale in int4
 MOST = {"int8": 127, "int4": 7}
@@ -182,6 +183,35 @@ def chosen(model: Model, precision: str) -> Chosen:
         raise BadInput(f"{gone[0]} has a range and is no layer of {model.name} any more: let smooth.linears come last")
     ranges = {_content(known[name].weight.detach().numpy()): found for name, found in model.ranges.items()}
     return Chosen(PARTS[precision], finer, ranges)
+
+
+# --- huge values ------------------------------------------------------------------------------------------------------
+
+
+class Apart(torch.nn.Module):
+    """
+    A product whose rows hold a few values far above the rest, which one scale a token would round away: what they have
+    above `NEAR` is a second row with a scale of its own, through the same weights. A decoder's feed-forward layers give
+    such rows, and few of a model's products narrow as theirs do (see `wide`). Takes the bias of `product`.
+    """
+
+    def __init__(self, product: Any) -> None:
+        super().__init__()
+        self.bias: torch.nn.Parameter | None = product.bias
+        product.bias = None  # once, not for each part
+        self.product = product
+
+    def forward(self, x: Tensor) -> Tensor:
+        near = x.abs().amax(-1, keepdim=True) * NEAR
+        low = torch.minimum(torch.maximum(x, -near), near)
+        parts = self.product(torch.stack((low, x - low), -3))
+        out: Tensor = parts.select(-3, 0) + parts.select(-3, 1)
+        return out if self.bias is None else out + self.bias
+
+
+def wide(model: Model, layer: torch.nn.Module) -> bool:
+    """Whether the tokens that reach a layer are taken apart, where activations have one scale a token."""
+    return model.task.kind == "next_token" and type(layer) is torch.nn.Linear and layer.in_features > layer.out_features
 
 
 # --- pretending -------------------------------------------------------------------------------------------------------
