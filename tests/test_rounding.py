@@ -170,6 +170,15 @@ def test_huge_values_of_a_decoder_are_quantized_apart() -> None:
         assert type(found[NARROWING[model.task.kind]]) is kind
 
 
+def test_executorch_asks_for_no_third_trace_of_what_xnnpack_takes_whole() -> None:
+    pytest.importorskip("executorch")
+    executorch, linear = formats.load("executorch"), torch.ops.aten.linear.default
+    graph = torch.export.export(torch.nn.Linear(4, 4), (torch.ones(1, 4),))
+    operators, rule = executorch._partitioner(graph).ops_to_not_decompose(graph)
+    assert linear in operators and rule is None
+    assert executorch._kept_whole(lambda _: ([linear], lambda _: False), graph)[1] is not None
+
+
 def test_layers_that_lose_most_are_kept() -> None:
     model = bert()
     rows = data.load(model, None, None)

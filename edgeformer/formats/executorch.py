@@ -133,9 +133,20 @@ def _partitioner(graph: Any, operators: list[Any] | None = None) -> Any:
     made = XnnpackPartitioner(operators)
     if joined := made.target_partitioner_configs.get("cat.default"):
         joined.check_constraints = partial(_few_parts, joined.check_constraints)
+    made.ops_to_not_decompose = partial(_kept_whole, made.ops_to_not_decompose)
     if not any("conv" in _name(node) for node in graph.graph.nodes):
         made.delegation_spec = DelegationSpec(XnnpackBackend.__name__, [CompileSpec("dqlinear_partitioner", b"")])
     return made
+
+
+def _kept_whole(rule: Callable[[Any], Any], program: Any) -> tuple[Any, Callable[[Any], bool] | None]:
+    """
+    The operators that XNNPACK wants undivided, and by which rule it would leave one. Where it leaves none there is no
+    rule to follow, and a graph is traced twice instead of three times.
+    """
+    operators, takes = rule(program)
+    nodes = [node for node in program.graph.nodes if node.op == "call_function" and node.target in operators]
+    return operators, None if all(map(takes, nodes)) else takes
 
 
 def _few_parts(other_rules: Callable[[Any, Any], bool], node: Any, program: Any) -> bool:
