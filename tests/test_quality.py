@@ -43,5 +43,5 @@ def test_the_learned_scorer_beats_a_window_on_text_of_another_kind(tmp_path: Pat
     rows = {x["row"]: x for x in found["rows"]}
     assert found["about"]["held_out_rows"] == 8 and found["about"]["kl"] < found["about"]["kl_untrained"] / 5
     assert rows["dense through the operator"]["cosine_min"] > 0.99999
-    assert rows["learned"]["kept"] == pytest.approx(0.5, abs=0.03) and rows["learned"]["cosine_mean"] > 0.98
+    assert 0.44 < rows["learned"]["kept"] <= 0.5 and rows["learned"]["cosine_mean"] > 0.985
     assert rows["learned"]["cosine_mean"] > rows["local (Longformer)"]["cosine_mean"]

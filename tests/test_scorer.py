@@ -123,15 +123,34 @@ def test_calibration_keeps_what_was_asked(family: str, rule: int, per_head: bool
     last = 0.0
     for budget in (0.4, 0.75):
         got = scorer.calibrate(found, trained.parameters, budget, per_head=per_head)
-        assert got.kept == pytest.approx(budget, abs=0.06 if rule == TOP_K or per_head else 0.01)
+        assert budget - (0.07 if rule == TOP_K or per_head else 0.02) < got.kept <= budget
         assert last < got.recall <= 1 and len(got.kept_by_layer) == 2
         last = got.recall
     with pytest.raises(BadInput, match="budget"):
         scorer.calibrate(found, trained.parameters, 0.0)
 
 
+def test_a_budget_leaves_room_for_rows_that_keep_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = stats("bert", 256, 256, 256, 256, 250, 128)
+    sharper = torch.tensor([1.0, 20, 40, 80, 1, 1])[:, None, None, None, None]
+    found = replace(found, qm=found.qm * sharper)
+    p = scorer.train(found, scorer.Recipe(steps=0)).parameters
+
+    def shares(of: slice) -> torch.Tensor:
+        """What each row keeps."""
+        ready = p._replace(theta=scorer.calibrate(found, p, 0.5).theta)
+        return torch.tensor([scorer.kept_by_layer(found.of([n]), ready) for n in range(6)[of]]).mean(1)
+
+    monkeypatch.setattr(scorer, "SPREAD", 0.0)
+    assert shares(slice(4)).mean() == pytest.approx(0.5, abs=0.005), "the longer half, and no room"
+    assert shares(slice(4)).max() > 0.52
+    monkeypatch.undo()
+    kept = shares(slice(4))
+    assert kept.mean() + 2 * kept.std(correction=0) == pytest.approx(0.5, abs=0.005)
+
+
 def test_the_calibrated_share_is_what_the_operator_keeps() -> None:
-    model, given = make("bert"), rows("bert", 256, 256, 200)
+    model, given = make("bert"), rows("bert", 256, 256, 256)
     found = scorer.collect(model, given, C)
     trained = scorer.train(found, scorer.Recipe(steps=20, batch=2))
     settled = scorer.calibrate(found, trained.parameters, 0.5)
@@ -174,7 +193,7 @@ def test_the_pass_makes_a_sparse_model_and_says_what_it_did() -> None:
     assert not swap.scorers(model.module), "the model that was given is untouched"
     facts = sparse.history[-1].facts
     assert sparse.history[-1].name == "sparsify.dsa" and json.loads(json.dumps(facts)) == facts
-    assert facts["kept"] == pytest.approx(0.5, abs=0.02) and facts["kl"] < facts["kl_untrained"]
+    assert 0.45 < facts["kept"] <= 0.5 and facts["kl"] < facts["kl_untrained"]
     assert facts["rows"] == 3 and list(facts["theta"]) == ["256"]
     assert len(swap.scorers(sparse.module)) == 2 - len(facts["dense_layers"])
     assert {what for what, _, _ in seen} == {"dense statistics", "train scorers"}

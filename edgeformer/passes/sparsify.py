@@ -3,9 +3,9 @@ Dynamic sparse attention: each layer reads only the key blocks that its scorer e
 
     build(model, target, passes=[sparsify.dsa(long_texts, budget=0.5)])
 
-Trains the scorers on the rows given, finds the thresholds that keep `budget` of the blocks at their length, and swaps
-the attention. The model's own weights change only with `distil`, which small budgets need: they then learn to give with
-sparse attention what the dense model gives. At lengths where that would not be faster than dense, and in
+Trains the scorers on the rows given, finds thresholds that keep at most `budget` of the blocks at their length, and
+swaps the attention. The model's own weights change only with `distil`, which small budgets need: they then learn to
+give with sparse attention what the dense model gives. At lengths where that would not be faster than dense, and in
 layers that would keep nearly everything, attention stays dense.
 """
 
@@ -36,9 +36,10 @@ DENSE_BELOW = 256  # with fewer blocks than these there is next to nothing to ch
 DENSE_ABOVE = {0: 0.85, 1: 0.75}
 MOST_ROWS = 100  # for scorers
 LENGTH_ROWS = 8  # on which a shorter length is judged
-# By causality. Blocks of 32 cost the kernel a few per cent more than blocks of 64; a decoder then loses much less of
-# its attention's mass, since the blocks that a causal model cannot do without are half as large.
-BLOCK = {False: 64, True: 32}
+# For as many tokens, blocks of 32 cost the kernel a tenth to a third more than blocks of 64, and lose less. Decoders
+# take them at all lengths: the blocks that a causal model cannot do without are then half as large. Encoders take them
+# where 64 would leave a handful to choose from, and where attention is the smaller part of the time.
+FINE, COARSE, FINE_TOKENS = 32, 64, 1024
 FEWEST_BLOCKS = 4  # of the longest row; with fewer there is nothing to choose from
 
 Rows = Sequence[str] | Sequence[Mapping[str, np.ndarray]]
@@ -63,8 +64,9 @@ def dsa(
 ) -> Pass:
     """
     rows: long texts, or inputs as in `edgeformer.data`; the longer ones serve, cut to `length` (the model's limit).
-    budget: fraction of blocks to keep. buckets: shorter lengths to calibrate as well (`swap.for_length`).
-    block: tokens a side, 32 (finer) or 64 (faster); by default 32 for causal models and 64 for others.
+    budget: the most blocks to keep, as a fraction; thresholds leave room for other rows than these (`scorer.SPREAD`).
+    buckets: shorter lengths to calibrate as well (`swap.for_length`).
+    block: tokens a side, 32 (finer) or 64 (faster); by default 32 for causal models and up to 1,024 tokens, else 64.
     rule: reference.THRESHOLD, TOP_P or TOP_K.
     per_head: a budget a head instead of one threshold for all; by default where the rule is TOP_K, as one count for
     all would keep as much in heads that look everywhere as in those that look at one block.
@@ -145,8 +147,9 @@ def train(
 ) -> Scorers:
     """The first half of `dsa`, with its parameters; for several calls of it on one model."""
     # Before the rows are looked at: no longer text helps a model that cannot be sparse.
-    config = _config(model.module, block)
-    given = _inputs(model, rows, min(length or model.max_length, model.max_length or length), config.block_q)
+    longest = min(length or model.max_length, model.max_length or length)
+    config = config_of(model.module, longest, block)
+    given = _inputs(model, rows, longest, config.block_q)
     stats = scorer.collect(model.module, given[:MOST_ROWS], config, progress, 0 if model.lengths else length)
     return Scorers(given, stats, scorer.train(stats, recipe, checkpoint=checkpoint, progress=progress))
 
@@ -233,14 +236,14 @@ def _kept_by_length(
     return {n: sum(shares) / len(shares) if shares else 1.0 for n, shares in sparse.items()}
 
 
-def block_of(module: torch.nn.Module) -> int:
-    """Tokens a side of a block, where nobody asks for others."""
-    return BLOCK[swap.layers(module)[0].causal]
+def block_of(module: torch.nn.Module, tokens: int) -> int:
+    """Tokens a side of a block for rows of up to `tokens`, where nobody asks for others."""
+    return FINE if swap.layers(module)[0].causal or tokens <= FINE_TOKENS else COARSE
 
 
-def _config(module: torch.nn.Module, block: int) -> Config:
+def config_of(module: torch.nn.Module, tokens: int, block: int = 0) -> Config:
     """Causal models lean on their first tokens: that block is always read."""
-    causal, size = int(swap.layers(module)[0].causal), block or block_of(module)
+    causal, size = int(swap.layers(module)[0].causal), block or block_of(module, tokens)
     return Config(block_q=size, block_k=size, causal=causal, n_sink=causal)
 
 

@@ -38,7 +38,7 @@ from rich.table import Table  # noqa: E402
 
 from edgeformer import formats, model as models, native  # noqa: E402
 from edgeformer.attention import scorer, swap  # noqa: E402
-from edgeformer.attention.reference import Config  # noqa: E402
+from edgeformer.passes import sparsify  # noqa: E402
 from edgeformer.program import Program  # noqa: E402
 from edgeformer_agent import native as natives, runners  # noqa: E402
 from tools.bench import corpus, quality  # noqa: E402
@@ -71,7 +71,7 @@ class Timed(NamedTuple):
 def sparse(model: models.Model, kept: float, compute: int, trained: Any, stats: Any) -> models.Model:
     """The same encoder through our operator; `kept` 1 is dense and scores nothing."""
     module = copy.deepcopy(model.module)
-    config = Config(dense_below=ALWAYS if kept == 1 else 0)
+    config = replace(stats.config, dense_below=ALWAYS if kept == 1 else 0)
     theta = scorer.calibrate(stats, trained.parameters, kept).theta
     parameters = trained.parameters._replace(theta=theta)
     swap.install(module, lambda layer: scorer.one_layer(parameters, layer.number), config, compute)
@@ -231,7 +231,7 @@ def profile(entries: list[Entry], row: Any, console: Console, runs: int = 3) -> 
 
 def tabled(model: Any, tokenizer: Any, tokens: int, format: str, given: Any, console: Console) -> list[dict[str, Any]]:
     rows = corpus.training(tokenizer, tokens, TRAINING_ROWS)
-    stats = scorer.collect(model, rows, Config())
+    stats = scorer.collect(model, rows, sparsify.config_of(model, tokens))
     trained = scorer.train(stats, scorer.Recipe(steps=given.steps))
     # A static length for formats that need one. ONNX Runtime takes any, and a short one is counted sooner.
     lengths = (tokens,) if format == "litert" else (512,)

@@ -34,8 +34,13 @@ Embed = Callable[[list[Any], patterns.Pattern], torch.Tensor]  # tokenized rows,
 
 class Embedded(NamedTuple):
     vectors: torch.Tensor  # [n, hidden]
-    kept: float
+    read: torch.Tensor  # [n] blocks
+    candidates: torch.Tensor  # [n]
     cpu_s: float
+
+    def kept(self, of: torch.Tensor | slice = slice(None)) -> float:
+        """Fraction of the candidates of some documents, all by default."""
+        return float(self.read[of].sum() / self.candidates[of].sum())
 
 
 @dataclass(frozen=True)
@@ -47,27 +52,35 @@ class Store:
     embed: Embed
 
     def vectors(self, name: str, rows: Sequence[Any], make: Callable[[], patterns.Pattern]) -> Embedded:
+        path = self._path(name, rows)
+        found = load_file(path) if path.exists() else {}
+        done = len(found.get("vectors", ()))
+        pattern = make() if done < len(rows) else None
+        while done < len(rows) and pattern is not None:
+            part = [self._one(row, pattern) for row in rows[done : done + SAVE_EVERY]]
+            new = {key: torch.cat([x[key] for x in part]) for key in part[0]}
+            found = {key: torch.cat([found[key], value]) if found else value for key, value in new.items()}
+            done = len(found["vectors"])
+            work = path.with_suffix(".part")
+            save_file(found, work)
+            work.replace(path)
+            print(f"  {name}: {done}/{len(rows)}, {float(found['cpu_s'].sum()):.0f} CPU s", flush=True)
+        return Embedded(found["vectors"], found["read"], found["candidates"], float(found["cpu_s"].sum()))
+
+    def _one(self, row: Any, pattern: patterns.Pattern) -> dict[str, torch.Tensor]:
+        read, candidates, began = pattern.tally.read, pattern.tally.candidates, time.process_time()
+        vectors = self.embed([row], pattern)
+        counts = (pattern.tally.read - read, pattern.tally.candidates - candidates, time.process_time() - began)
+        return {"vectors": vectors} | {
+            key: torch.tensor([n]).double() for key, n in zip(("read", "candidates", "cpu_s"), counts, strict=True)
+        }
+
+    def _path(self, name: str, rows: Sequence[Any]) -> Path:
         digest = hashlib.sha256(f"{self.about} {name}".encode())
         for row in rows:
             digest.update(row["input_ids"].numpy().tobytes())
-        path = self.folder / f"{re.sub('[^a-z0-9.]+', '-', name.lower())}-{digest.hexdigest()[:12]}.safetensors"
         self.folder.mkdir(parents=True, exist_ok=True)
-        parts = load_file(path) if path.exists() else {"vectors": torch.zeros(0, 0), "sums": torch.zeros(3).double()}
-        vectors, (read, candidates, spent) = parts["vectors"], parts["sums"].tolist()
-        pattern = make() if len(vectors) < len(rows) else None
-        while len(vectors) < len(rows) and pattern is not None:
-            began = time.process_time()
-            found = self.embed(list(rows[len(vectors) : len(vectors) + SAVE_EVERY]), pattern)
-            spent += time.process_time() - began
-            vectors = torch.cat([vectors.view(-1, found.shape[1]), found])
-            sums = torch.tensor([read + pattern.tally.read, candidates + pattern.tally.candidates, spent]).double()
-            work = path.with_suffix(".part")
-            save_file({"vectors": vectors, "sums": sums}, work)
-            work.replace(path)
-            print(f"  {name}: {len(vectors)}/{len(rows)}, {spent:.0f} CPU s", flush=True)
-        if pattern is not None:
-            read, candidates = read + pattern.tally.read, candidates + pattern.tally.candidates
-        return Embedded(vectors, read / candidates, spent)
+        return self.folder / f"{re.sub('[^a-z0-9.]+', '-', name.lower())}-{digest.hexdigest()[:12]}.safetensors"
 
 
 # --- the head ---------------------------------------------------------------------------------------------------------

