@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +36,7 @@ from .errors import BadInput, EdgeformerError
 from .plan import PRECISIONS
 
 INTERRUPTED = 130
+SAY_EVERY_S = 30.0  # where no bar shows that something goes on
 
 app = typer.Typer(
     name="edgeformer",
@@ -157,20 +159,29 @@ def _quiet(screen: Screen) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _bars(screen: Screen) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each step, on stderr; on something that is no terminal, a line when a step ends."""
+    """A bar for each step, on stderr; where that is no terminal, a line when one ends, and now and then before."""
     texts = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn())
     columns = (*texts, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     tasks: dict[str, TaskID] = {}
     finished: set[str] = set()
+    last = time.monotonic()
     with Progress(*columns, console=screen.err, disable=not screen.err.is_terminal) as progress:
 
         def report(what: str, done: int, total: int) -> None:
+            nonlocal last
             if what not in tasks:
                 tasks[what] = progress.add_task(what, total=total)
             progress.update(tasks[what], completed=done, total=total)
-            if not screen.err.is_terminal and done >= total and what not in finished:
+            if screen.err.is_terminal or what in finished:
+                return
+            if done >= total:
                 finished.add(what)
                 screen.err.print(f"{what}: done")
+            elif time.monotonic() - last >= SAY_EVERY_S:
+                screen.err.print(f"{what}: {done} of {total}")
+            else:
+                return
+            last = time.monotonic()
 
         yield report
 
@@ -245,7 +256,7 @@ def build(
     """
     from .build import build as run_build
     from .stages import Stages
-    from .summary import table, to_json
+    from .summary import met, table, to_json
 
     screen: Screen = context.obj
     with _bars(screen) as progress, _quiet(screen):
@@ -264,6 +275,8 @@ def build(
         return
     for bundle in bundles:
         screen.err.print(table(bundle.manifest, ()))
+        if limits is not None:
+            screen.err.print(met(bundle.manifest, limits.words()), markup=False, soft_wrap=True)
         screen.out.print(str(bundle.path), soft_wrap=True)
     screen.err.print(cost.words(), style="dim", soft_wrap=True)
 

@@ -217,6 +217,17 @@ def _caption(found: Sequence[Row], reports: Sequence[Report]) -> Text:
     return caption
 
 
+def met(manifest: Manifest, wanted: str) -> str:
+    """What a search had measured when it chose this bundle's recipe, beside the limits."""
+    facts = next(step.facts for step in manifest.history if step.name == "recipe")
+    passes = "; ".join(f"{x.name} keep {x.facts['keep']}" for x in manifest.history if "keep" in x.facts)
+    return (
+        f"wanted {wanted}; {facts['recipe']} ({passes or 'as it is'}) has {facts['latency_ms_modelled']:.3g} ms "
+        f"(modelled), {facts['size_mb']:.2f} MB, {100 * facts['drop']:.2f} % lost, and is "
+        f"{facts['speedup_here']:g}x as fast as the unchanged model here"
+    )
+
+
 def to_json(
     manifest: Manifest, reports: Sequence[Report], comparisons: Sequence[Comparison] = (), cost: Cost | None = None
 ) -> str:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import families
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ pytest.importorskip("transformers")
 
 from test_student import classifier, outputs  # noqa: E402
 
+from edgeformer import model as models  # noqa: E402
 from edgeformer.errors import BadInput  # noqa: E402
 from edgeformer.passes import distil, student  # noqa: E402
 from edgeformer.passes.distil import Augment, Losses  # noqa: E402
@@ -139,6 +141,9 @@ def test_what_cannot_be_distilled_is_named() -> None:
         distil.distil(teacher, TEXTS, labels=[1.0])
     with pytest.raises(BadInput, match="not be below 0 nor all 0"):
         Losses(response=0)
+    tagger = models.load(families.tiny("electra"), name="tagger", lengths=(16,), tokenizer=families.tokenizer())
+    with pytest.raises(BadInput, match="tagger answers every token"):
+        distil.distil(tagger, ["w3", "w3 w4"])(tagger)
     fewer = student.vocabulary(TEXTS[:1])(teacher)
     with pytest.raises(BadInput, match="has no tokenizer"):
         distil.distil(teacher, TEXTS)(replace(fewer, tokenizer=None))

@@ -13,7 +13,7 @@ import pytest
 import edgeformer
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted(p for p in ROOT.glob("*.md")) + sorted((ROOT / "devices").glob("*.md"))
+DOCUMENTS = [p for folder in (".", "devices", "tools/bench") for p in sorted((ROOT / folder).glob("*.md"))]
 README = (ROOT / "README.md").read_text()
 
 

@@ -104,11 +104,8 @@ def distil(
         read_texts = [*texts, *augmented(texts, augment, mask)]
         rows = _encode(model, read_texts, length)
         theirs = _encode(teacher, read_texts, length)
-        if losses.deep and any(len(a[0]) != len(b[0]) for a, b in zip(rows, theirs, strict=True)):
-            raise BadInput("feature, relation and batch compare tokens; teacher and student cut texts differently")
         lengths = [len(row[0]) for row in rows]
-        if model.output.shape[1:2] == (-1,) and len({*lengths}) > 1:
-            raise BadInput(f"{model.name} answers every token; distillation learns one answer a text")
+        _comparable(model, losses, lengths, [len(row[0]) for row in theirs])
         picked = used(lengths, recipe)
         kept_in = Path(folder) if folder else None
         known = answers(teacher, [theirs[i] for i in picked], losses.deep, kept_in, recipe.bf16, progress)
@@ -144,6 +141,14 @@ def distil(
         return model.after("distil", module, facts=facts)
 
     return run
+
+
+def _comparable(model: Model, losses: Losses, lengths: list[int], theirs: list[int]) -> None:
+    """Raises BadInput where student and teacher cannot be compared on texts of these lengths, in tokens of each."""
+    if losses.deep and lengths != theirs:
+        raise BadInput("feature, relation and batch compare tokens; teacher and student cut texts differently")
+    if model.output.shape[1:2] == (-1,) and len({*lengths}) > 1:
+        raise BadInput(f"{model.name} answers every token; distillation learns one answer a text")
 
 
 def _learning(module: torch.nn.Module, dropout: float) -> torch.nn.Module:
