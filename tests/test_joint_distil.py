@@ -129,6 +129,6 @@ def test_the_pass_distils_and_calibrates_again() -> None:
             told.module(*(torch.from_numpy(row[x.name])[None] for x in model.inputs))
     after = op.counters()
     kept = (after.kept - before.kept) / (after.candidates - before.candidates)
-    assert kept == pytest.approx(facts["kept"], abs=0.02), "calibrated on what the sparse layers see, not the dense ones"
+    assert kept == pytest.approx(facts["kept"], abs=0.02), "calibrated on what sparse layers see, not dense ones"
     with pytest.raises(BadInput, match="dense_below=256"):
         sparsify.dsa(given, distil=FAST, **settings | {"dense_below": 256})(model)
