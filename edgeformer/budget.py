@@ -17,6 +17,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,12 @@ class Limits:
         for name, value in dataclasses.asdict(self).items():
             if value is not None and not value > 0 and not (name == "max_drop" and value == 0):
                 raise BadInput(f"{name} {value} must be above 0")
+
+    def words(self) -> str:
+        """In the units in which figures are shown."""
+        said = (("ms", self.max_latency_ms, 1), ("MB", self.max_size_mb, 1), ("% lost", self.max_drop, 100))
+        known = [f"{factor * most:g} {unit}" for unit, most, factor in said if most is not None]
+        return f"{', '.join(known)} at most" if known else "no limit"
 
     def met(self, latency_ms: float, size_mb: float, drop: float) -> bool:
         wanted = (self.max_latency_ms, self.max_size_mb, self.max_drop)
@@ -132,9 +139,7 @@ class Outcome:
         """What came nearest, for who asked for more."""
         real = sorted((p for p in self.points if p.real), key=lambda p: self._excess(p))[:3]
         lines = [f"trial {p.trial}: {_words(p.real)} {_settings(p.settings)}" for p in real if p.real]
-        return f"no program of {self.model} on {self.target} meets {_limits(self.limits)}; nearest:\n" + "\n".join(
-            lines
-        )
+        return f"no program of {self.model} on {self.target} meets {self.limits.words()}; nearest:\n" + "\n".join(lines)
 
     def _excess(self, point: Point) -> float:
         assert point.real is not None
@@ -219,6 +224,17 @@ class _Bench:
     limits: Limits
     folder: Path
 
+    @cached_property
+    def wanted(self) -> tuple[np.ndarray, ...]:
+        """The unchanged model's outputs."""
+        return check.reference(self.model, self.rows.rows, lambda _n: None)
+
+    @cached_property
+    def unchanged(self) -> Program:
+        """What every program is timed against."""
+        (program,) = self.export.programs(self.model)
+        return program
+
     def made(self, recipe: Recipe) -> tuple[Model, rows_of.Rows]:
         """The passes run; rows are cut into tokens again where the vocabulary changed."""
         model = cook(recipe, self.kitchen, self.model)
@@ -229,7 +245,7 @@ class _Bench:
         picked = _thin(len(rows.rows), PROXY_ROWS)
         few = [rows.rows[i] for i in picked]
         outputs = check.reference(model, few, lambda _n: None)
-        wanted = check.reference(self.model, [self.rows.rows[i] for i in picked], lambda _n: None)
+        wanted = tuple(self.wanted[i] for i in picked)
         labels = None if rows.labels is None else [rows.labels[i] for i in picked]
         found = check.fidelity(self.model, outputs, wanted, labels)
         tokens = [cases.length(row) for row in few]
@@ -243,13 +259,10 @@ class _Bench:
             body = json.loads(path.read_text("utf-8"))
             return Real(**{**body, "fidelity": wire.Fidelity(**body["fidelity"])})
         model, rows = self.made(recipe)
-        (program,) = self.export.programs(model)
+        (program,) = self.export.programs(model) if trial >= 0 else (self.unchanged,)
         outputs = check.run(program, described(program), rows.rows, lambda _n: None)
-        found = check.fidelity(
-            self.model, outputs, check.reference(self.model, self.rows.rows, lambda _n: None), rows.labels
-        )
-        (dense,) = self.export.programs(self.model) if trial >= 0 else (program,)
-        here, ratio = _timed(program, rows, dense, self.rows)
+        found = check.fidelity(self.model, outputs, self.wanted, rows.labels)
+        here, ratio = _timed(program, rows, self.unchanged, self.rows)
         tokens = [cases.length(row) for row in rows.rows]
         rates = predict.on(self.device, program.format, program.precision)
         latency = predict.predict(program.work, program.lengths, tokens, rates).metrics.latency_ms or 0.0
@@ -411,11 +424,6 @@ def _save(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, "utf-8")
     temporary.replace(path)
-
-
-def _limits(limits: Limits) -> str:
-    said = {k.removeprefix("max_"): v for k, v in dataclasses.asdict(limits).items() if v is not None}
-    return ", ".join(f"{name} {value:g} at most" for name, value in said.items()) or "no limit"
 
 
 def _words(real: Real) -> str:

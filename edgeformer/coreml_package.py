@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 import uuid
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from math import prod
@@ -25,6 +24,7 @@ from coremltools.proto import FeatureTypes_pb2, MIL_pb2, Model_pb2
 from edgeformer_agent import mil, wire
 
 from .errors import ExportError
+from .rounding import Chosen
 
 _READER: Any = storage._BlobStorageReader  # Apple's own, in C++
 _WRITER: Any = storage._BlobStorageWriter
@@ -55,20 +55,25 @@ class Package:
     work: tuple[wire.Work, ...]
 
 
-def assemble(converted: Mapping[int, Converted], precision: str) -> Package:
-    """`converted` by length; 0 where there is no sequence. Function `length_N` of the result is that of length N."""
+def assemble(converted: Mapping[int, Converted], precision: str, chosen: Chosen) -> Package:
+    """
+    `converted` by length; 0 where there is no sequence. Function `length_N` of the result is that of length N.
+    `chosen`: what layers are stored in. Raises ExportError where one that must compute in fp32 is not in the program.
+    """
     spec, work = Model_pb2.Model(specificationVersion=IOS_18), []
     spec.mlProgram.version = 1
     with tempfile.TemporaryDirectory() as folder:
-        weights = _Weights(Path(folder) / "weight.bin", precision)
+        weights = _Weights(Path(folder) / "weight.bin", precision, chosen)
         for length, one in sorted(converted.items()):
             name, main = f"length_{length}", one.spec.mlProgram.functions["main"]
             function = spec.mlProgram.functions[name]
             function.CopyFrom(main)
             block = function.block_specializations[function.opset]
+            reader = _READER(str(one.weights)) if one.weights.is_file() else None
+            exact = _exact(block, reader, chosen)
             if precision != "fp32":
-                _halve(function, block)
-            _store(block, _READER(str(one.weights)) if one.weights.is_file() else None, weights)
+                _halve(function, block, exact)
+            _store(block, reader, weights, exact)
             _describe(spec.description.functions.add(name=name), one.spec.description, precision)
             work.append(_work(function, block, length))
         spec.description.defaultFunctionName = f"length_{min(converted)}"
@@ -83,11 +88,16 @@ def assemble(converted: Mapping[int, Converted], precision: str) -> Package:
 # --- fp32 to fp16 -----------------------------------------------------------------------------------------------------
 
 
-def _halve(function: Any, block: Any) -> None:
-    """Every fp32 value of a program becomes fp16; constants in the weights' file are left to `_store`."""
+def _halve(function: Any, block: Any, exact: Collection[str]) -> None:
+    """
+    Every fp32 value of a program becomes fp16, but those that operations of `exact` give; constants in the weights'
+    file are left to `_store`.
+    """
     for named in (*function.inputs, *block.inputs):
         _half_type(named.type)
     for operation in block.operations:
+        if operation.outputs[0].name in exact:
+            continue
         for named in operation.outputs:
             _half_type(named.type)
         for value in _values(operation):
@@ -124,6 +134,94 @@ def half(x: np.ndarray) -> np.ndarray:
     return x.astype(np.float16)
 
 
+# --- layers that stay fp32 --------------------------------------------------------------------------------------------
+
+
+def _exact(block: Any, reader: Any, chosen: Chosen) -> set[str]:
+    """
+    Rewrites the linear layers that must be computed in fp32, with casts around them and constants of their own. What
+    the operations give that must stay as it is then, by name.
+    """
+    if not chosen.exact:
+        return set()
+    constants = {x.outputs[0].name: x for x in block.operations if x.type == "const"}
+    types = {x.name: x.type for named in (block.inputs, *(o.outputs for o in block.operations)) for x in named}
+    made: list[Any] = []
+    exact: set[str] = set()
+    found = set()
+    for operation in block.operations:
+        if path := _computed_in_fp32(operation, constants, reader, chosen):
+            found.add(path)
+            widened = list(_widened(operation, constants, types))
+            exact |= {x.outputs[0].name for x in widened}
+            made += widened
+        else:
+            made.append(operation)
+    chosen.hold(found, "coreml")
+    read = {x.name for o in made for argument in o.inputs.values() for x in argument.arguments} | {*block.outputs}
+    kept = [x for x in made if x.type != "const" or x.outputs[0].name in read]
+    del block.operations[:]
+    block.operations.extend(kept)
+    return exact
+
+
+def _computed_in_fp32(operation: Any, constants: Mapping[str, Any], reader: Any, chosen: Chosen) -> str:
+    """The path of a linear layer that must be; "" of anything else."""
+    if operation.type != "linear":
+        return ""
+    weight = constants.get(operation.inputs["weight"].arguments[0].name)
+    value = None if weight is None else weight.attributes["val"]
+    if value is None or value.WhichOneof("value") != "blobFileValue":
+        return ""
+    tensor = value.type.tensorType
+    return chosen.computed_in_fp32(_read(reader, tensor.dataType, value.blobFileValue.offset).reshape(_shape(tensor)))
+
+
+def _widened(operation: Any, constants: Mapping[str, Any], types: Mapping[str, Any]) -> Iterator[Any]:
+    """From fp16 to fp32, its constants, the layer, and back under the name of its output."""
+    out = operation.outputs[0].name
+    made = MIL_pb2.Operation()
+    made.CopyFrom(operation)
+    for key in sorted({"weight", "bias"} & {*operation.inputs}):
+        (argument,) = made.inputs[key].arguments
+        constant = MIL_pb2.Operation()
+        constant.CopyFrom(constants[argument.name])
+        argument.name = _renamed(constant, f"{out}_{key}_fp32")
+        yield constant
+    x = made.inputs["x"].arguments[0]
+    yield from _cast(x.name, f"{out}_x_fp32", types[x.name], "fp32")
+    x.name = f"{out}_x_fp32"
+    _renamed(made, f"{out}_fp32")
+    yield made
+    yield from _cast(f"{out}_fp32", out, types[out], "fp16")
+
+
+def _renamed(operation: Any, name: str) -> str:
+    operation.outputs[0].name = name
+    operation.attributes["name"].immediateValue.tensor.strings.values[:] = [name]
+    return name
+
+
+def _cast(x: str, to: str, kind: Any, dtype: str) -> Iterator[Any]:
+    """A value of this type, cast; and the constant that says to what."""
+    word = MIL_pb2.Operation(type="const")
+    told = word.attributes["val"]
+    told.type.tensorType.dataType = MIL_pb2.STRING
+    told.immediateValue.tensor.strings.values.append(dtype)
+    word.outputs.add(name=f"{to}_dtype").type.CopyFrom(told.type)
+    made = MIL_pb2.Operation(type="cast")
+    made.inputs["x"].arguments.add(name=x)
+    made.inputs["dtype"].arguments.add(name=f"{to}_dtype")
+    made.outputs.add(name=to).type.CopyFrom(kind)
+    if dtype == "fp16":
+        _half_type(made.outputs[0].type)
+    for operation in (word, made):
+        named = operation.attributes["name"]
+        named.type.tensorType.dataType = MIL_pb2.STRING
+        named.immediateValue.tensor.strings.values.append(operation.outputs[0].name)
+        yield operation
+
+
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
@@ -133,6 +231,7 @@ class _Weights:
 
     path: Path
     precision: str
+    chosen: Chosen
     places: dict[Any, list[tuple[np.ndarray, int, int]]] = field(default_factory=dict)
     writer: Any = None
 
@@ -146,11 +245,22 @@ class _Weights:
     def _rounded(self, x: np.ndarray, kind: str) -> list[tuple[np.ndarray, int]]:
         if x.dtype != np.float32:
             return [(x, MIL_pb2.INT32)]
-        if kind and self.precision in ("int8", "int4"):
-            grouped = self.precision == "int4" and kind != "gather" and x.ndim == 2 and x.shape[1] % GROUP == 0
-            data, scale = _groups(x) if grouped else _channels(x)
-            return [(data, MIL_pb2.INT4 if grouped else MIL_pb2.INT8), (scale, MIL_pb2.FLOAT16)]
-        return [(x, MIL_pb2.FLOAT32)] if self.precision == "fp32" else [(half(x), MIL_pb2.FLOAT16)]
+        stored = self._stored(x, kind)
+        if stored in ("int8", "int4"):
+            data, scale = _groups(x) if stored == "int4" else _channels(x)
+            return [(data, MIL_pb2.INT4 if stored == "int4" else MIL_pb2.INT8), (scale, MIL_pb2.FLOAT16)]
+        return [(x, MIL_pb2.FLOAT32)] if stored == "fp32" else [(half(x), MIL_pb2.FLOAT16)]
+
+    def _stored(self, x: np.ndarray, kind: str) -> str:
+        """Its precision: of a weight, a table (int8 at least), or any other constant."""
+        if "fp32" in (self.precision, kind):
+            return "fp32"
+        if not kind:
+            return "fp16"
+        stored = self.chosen.of(x.reshape(len(x), -1), table=kind == "gather")
+        if stored == "int4" and (kind == "gather" or x.ndim != 2):
+            return "int8"
+        return "fp16" if stored == "fp32" else stored
 
     def _write(self, x: np.ndarray, number: int) -> int:
         if self.writer is None:
@@ -193,21 +303,22 @@ def _scale(x: np.ndarray) -> np.ndarray:
     return scale
 
 
-def _store(block: Any, reader: Any, weights: _Weights) -> None:
-    """Copies every constant that a block has in its own weights' file into the common one."""
+def _store(block: Any, reader: Any, weights: _Weights, exact: Collection[str]) -> None:
+    """Copies every constant that a block has in its own weights' file into the common one; those of `exact` in fp32."""
     kinds = _weight_kinds(block)
     for operation in block.operations:
+        name = operation.outputs[0].name
         for value in _values(operation):
             if value.WhichOneof("value") != "blobFileValue":
                 continue
             tensor = value.type.tensorType
             shape = _shape(tensor)
             x = _read(reader, tensor.dataType, value.blobFileValue.offset).reshape(shape)
-            kind = kinds.get(operation.outputs[0].name, "") if prod(shape) >= LEAST_WEIGHT else ""
-            placed = weights.put(x, kind)
+            kind = kinds.get(name, "") if prod(shape) >= LEAST_WEIGHT else ""
+            placed = weights.put(x, "fp32" if name in exact else kind)
             if len(placed) == 1:
                 _point(value, *placed[0])
-                if weights.precision != "fp32":
+                if weights.precision != "fp32" and name not in exact:
                     _half_type(operation.outputs[0].type)
             else:
                 _compress(operation, placed)
@@ -224,15 +335,13 @@ def _read(reader: Any, number: int, offset: int) -> np.ndarray:
 
 
 def _weight_kinds(block: Any) -> dict[str, str]:
-    """Name of a constant -> what uses it as its weight, where every use of it is one."""
-    uses, kinds = Counter[str](), {}
+    """Name of a constant -> what uses it as its weight, where every use of it is one; a table may also be a head's."""
+    uses: dict[str, list[str]] = {}
     for operation in block.operations:
         for key, argument in operation.inputs.items():
             for x in argument.arguments:
-                uses[x.name] += 1
-                if (operation.type, key) in WEIGHT_OF:
-                    kinds[x.name] = operation.type
-    return {name: kind for name, kind in kinds.items() if uses[name] == 1 or kind == "gather"}
+                uses.setdefault(x.name, []).append(operation.type if (operation.type, key) in WEIGHT_OF else "")
+    return {name: min(found) for name, found in uses.items() if "" not in found}
 
 
 def _point(value: Any, x: np.ndarray, number: int, offset: int) -> None:

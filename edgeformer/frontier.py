@@ -44,12 +44,7 @@ def page(outcome: Outcome) -> str:
 
 
 def _title(outcome: Outcome) -> str:
-    return f"{outcome.model} for {outcome.target}, {len(outcome.points)} trials, wanted: {_wanted(outcome.limits)}"
-
-
-def _wanted(limits: Limits) -> str:
-    said = (("ms", limits.max_latency_ms), ("MB", limits.max_size_mb), ("lost", limits.max_drop))
-    return ", ".join(f"{value:g} {unit} at most" for unit, value in said if value is not None) or "no limit"
+    return f"{outcome.model} for {outcome.target}, {len(outcome.points)} trials, wanted: {outcome.limits.words()}"
 
 
 def _caption(outcome: Outcome) -> str:

@@ -15,6 +15,7 @@ from .summary import MISSING, number
 
 __all__ = ["page", "table"]
 
+ENOUGH = 20  # rows, to tell programs with sparse attention apart
 HEADS = ("format", "precision", "MB", "to fp32 dense", "worst", "to PyTorch", "sparse", "kept", "departs at")
 
 
@@ -70,7 +71,18 @@ def _notes(matrix: Matrix) -> list[str]:
             f"{value} ({', '.join(f for f in own if own[f] == value)})" for value in dict.fromkeys(own.values())
         )
         words.append(f"PyTorch itself at this budget, to dense: {said}")
+    words += [_difference(cell) for cell in matrix.cells if matrix.budget is not None and cell.difference]
+    if matrix.budget is not None and matrix.rows < ENOUGH:
+        words.append(f"{matrix.rows} rows: single blocks that turn weigh much, {ENOUGH} long texts in --data tell more")
     return words
+
+
+def _difference(cell: Cell) -> str:
+    """Of a program to PyTorch at the same budget, with its 95 % interval."""
+    found = cell.difference
+    assert found is not None
+    around = "" if found.half is None else f" ± {found.half:.4f}"
+    return f"{_name(cell)} to that: {found.mean:+.4f}{around}"
 
 
 def _figures(matrix: Matrix, cell: Cell) -> tuple[str, ...]:

@@ -67,7 +67,7 @@ class Model:
     those of the new tokens, for formats that generate. None where there are none.
     files: tokenizer and licence files that travel with the model, by name.
     precisions: path of a layer in `module` -> the precision it has at least, in programs of a coarser one
-    (`edgeformer.rounding`; ONNX, LiteRT and ExecuTorch).
+    (`edgeformer.rounding`). Where the arithmetic is fp16 (Core ML, TensorRT), a linear layer in fp32 computes in it.
     ranges: path of a linear layer -> least and greatest value that reaches it, for "int8-static" (`passes.smooth`).
     """
 

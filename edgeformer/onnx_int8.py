@@ -2,11 +2,15 @@
 int8 and int4 in ONNX. int8 is in standard operators: weights with a scale an output channel, activations quantized
 while it runs.
 
-`by_tensor` is ONNX Runtime's own dynamic quantization: one scale for all of an activation, which its runtime fuses;
-what stands far above the rest is kept out of it (see `onnx_outliers`).
+`by_tensor` has one scale for all of an activation, as ONNX Runtime's own quantizer writes it: its runtime makes one
+operator of the product and what stands around it. What stands far above the rest is kept out of it (see
+`onnx_outliers`), and its weights are rounded so that errors make up for each other (see `rounding.compensated`).
 `by_row` has a scale for each token, and a second byte of each value as rows of their own in the same product. Decoders
 need both: their first token carries values a thousand times those of the others (an attention sink), and within a token
 few channels stand far above the rest, so that one byte loses what the others say.
+`static` has one scale for all of an activation, which is known before.
+
+In all of them a table has a scale a row.
 
 int4 is in operators of ONNX Runtime (1.22 and later): MatMulNBits, with activations in int8, and GatherBlockQuantized.
 Both store a matrix [rows, columns] as two values a byte, so that a table that is also the head's matrix is stored once.
@@ -14,20 +18,20 @@ Both store a matrix [rows, columns] as two values a byte, so that a table that i
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Collection
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import onnx
 import torch
 from onnx import helper, numpy_helper
-from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.onnx_model import ONNXModel
 
-from . import onnx_graph, onnx_outliers, rounding
+from edgeformer_agent import cases
 
-QUANTIZED = ["MatMul", "Gemm", "Gather"]  # Gather: the embedding tables, half of a small encoder
+from . import data, onnx_graph, onnx_outliers, rounding
+from .model import Model
+
 MOST, ZERO = 127, 128  # activations are unsigned around ZERO: what every version of MatMulInteger takes
 FINE = 1 / 254  # a step of the second byte, in steps of the first: what rounding leaves is at most half of one
 SMALLEST = 1e-12  # scale of a row of zeros
@@ -39,51 +43,63 @@ SCALARS: dict[str, np.ndarray] = {
     "least": np.array(SMALLEST, np.float32),
     "last": np.array([-1]),
 }
-
-
+INT8 = rounding.Chosen(("int8", "int8"))
+Factors = Mapping[str, np.ndarray]  # activation -> what `rounding.factor` made of it
 INT8_ACTIVATIONS = 4  # of MatMulNBits' accuracy levels
 MICROSOFT = "com.microsoft"
 
 
+class Written(NamedTuple):
+    """proto; layer -> how many times narrower a range its int8 inputs have (see `onnx_outliers`)."""
+
+    proto: onnx.ModelProto
+    narrower: Mapping[str, float]
+
+
+def written(proto: onnx.ModelProto, model: Model, precision: str) -> Written:
+    """proto: what `onnx_graph.trace` made of `model`. Raises BadInput where the model is not ready for it."""
+    if precision == "fp32":
+        return Written(proto, {})
+    chosen = rounding.chosen(model, precision)
+    if precision == "int8-static":
+        return static(proto, chosen)
+    if model.task.kind == "next_token":
+        return by_row(proto, chosen)
+    rows = data.load(model, None, None).rows
+    return by_tensor(proto, chosen, rows, rows if model.tokenizer is not None else ())  # noise is like no input
+
+
 def by_tensor(
-    proto: onnx.ModelProto, chosen: rounding.Chosen, seen: onnx_outliers.Peaks | None = None
-) -> tuple[onnx.ModelProto, dict[str, float]]:
+    proto: onnx.ModelProto,
+    chosen: rounding.Chosen,
+    rows: Sequence[cases.Row] = (),
+    typical: Sequence[cases.Row] = (),
+) -> Written:
     """
-    And the layers that see a narrower range, by how many times. `seen`: what reaches the products of `proto`, from
-    `onnx_outliers.peaks`. DSA nodes and their function stay as they are, here and in `by_row`.
+    rows: what the graph runs on to find outliers; typical: rows like those it will see, for which its weights are
+    rounded, else to the nearest. DSA nodes and their function stay as they are, here and in the others.
     """
-    left: list[str] = []
-    if not chosen.plain:
-        proto, left = _rewritten(proto, chosen, ("int4",))
-    proto, left, narrower = onnx_outliers.narrowed(proto, seen or {}, left)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "int8.onnx"
-        quantize_dynamic(
-            proto,
-            path,
-            weight_type=QuantType.QInt8,
-            per_channel=True,
-            op_types_to_quantize=QUANTIZED,
-            nodes_to_exclude=left,
-            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # of what comes out of int4 operators
-        )
-        quantized = onnx.load(path)
+    made, left = _rewritten(proto, chosen)
+    narrow = onnx_outliers.narrowed(made, onnx_outliers.peaks(made, rows, left), left)
+    moments = onnx_outliers.moments(narrow.proto, typical, narrow.left)
+    factors = {name: rounding.factor(found) for name, found in moments.items()}
+    quantized, _ = _rewritten(narrow.proto, INT8, _Rows.tensor_product, narrow.left, factors)
     onnx_graph.strip(quantized)
-    return quantized, narrower
+    return Written(quantized, narrow.account)
 
 
-def by_row(proto: onnx.ModelProto, chosen: rounding.Chosen) -> onnx.ModelProto:
+def by_row(proto: onnx.ModelProto, chosen: rounding.Chosen) -> Written:
     """A table that is also the head's matrix (tied embeddings) stays one."""
-    quantized, _ = _rewritten(proto, chosen, ("int8", "int4"))
+    quantized, _ = _rewritten(proto, chosen, _Rows.row_product)
     onnx_graph.strip(quantized)
-    return quantized
+    return Written(quantized, {})
 
 
-def static(proto: onnx.ModelProto, chosen: rounding.Chosen) -> onnx.ModelProto:
+def static(proto: onnx.ModelProto, chosen: rounding.Chosen) -> Written:
     """Activations of linear layers in the ranges that are known before; what has none stays in float."""
-    quantized, _ = _rewritten(proto, chosen, ("int8",))
+    quantized, _ = _rewritten(proto, chosen, _Rows.static_product)
     onnx_graph.strip(quantized)
-    return quantized
+    return Written(quantized, {})
 
 
 def grouped(proto: onnx.ModelProto) -> bool:
@@ -92,15 +108,22 @@ def grouped(proto: onnx.ModelProto) -> bool:
 
 
 def _rewritten(
-    proto: onnx.ModelProto, chosen: rounding.Chosen, precisions: Collection[str]
+    proto: onnx.ModelProto,
+    chosen: rounding.Chosen,
+    product: Callable[[_Rows, onnx.NodeProto], None] | None = None,
+    left: Collection[str] = (),
+    factors: Factors | None = None,
 ) -> tuple[onnx.ModelProto, list[str]]:
-    """A copy with the matrices of these precisions in them, and the names of the nodes whose matrices stay in float."""
+    """
+    A copy with tables and int4 products rewritten, and int8 products by `product`, where there is one; names of the
+    nodes whose matrices stay in float, where those in `left` are told before.
+    """
     made = onnx.ModelProto()
     made.CopyFrom(proto)
     ONNXModel(made).replace_gemm_with_matmul()
-    rows = _Rows(made.graph, chosen, precisions)
+    rows = _Rows(made.graph, chosen, product, left, factors or {})
     rows.rewrite()
-    if grouped(made):
+    if grouped(made) and MICROSOFT not in {x.domain for x in made.opset_import}:
         made.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
     return made, rows.left
 
@@ -108,25 +131,32 @@ def _rewritten(
 class _Rows:
     """A graph while its products and tables are rewritten: what was made once is found again by name."""
 
-    def __init__(self, graph: onnx.GraphProto, chosen: rounding.Chosen, precisions: Collection[str]) -> None:
-        self.graph, self.chosen, self.precisions = graph, chosen, precisions
-        self.left: list[str] = []
+    def __init__(
+        self,
+        graph: onnx.GraphProto,
+        chosen: rounding.Chosen,
+        product: Callable[[_Rows, onnx.NodeProto], None] | None,
+        left: Collection[str],
+        factors: Factors,
+    ) -> None:
+        self.graph, self.chosen, self.product, self.left, self.factors = graph, chosen, product, list(left), factors
         self.nodes: list[onnx.NodeProto] = []
         self.floats = {w.name: w for w in graph.initializer if w.data_type == onnx.TensorProto.FLOAT}
         self.turned = onnx_graph.transposed(graph)
         self.made: set[str] = set()
 
     def rewrite(self) -> None:
-        write = {
-            ("MatMul", "int8"): self._static_product if self.chosen.ranges else self._product,
-            ("MatMul", "int4"): self._grouped_product,
-            ("Gather", "int8"): self._lookup,
-            ("Gather", "int4"): self._grouped_lookup,
+        write: dict[tuple[str, str], Callable[[_Rows, onnx.NodeProto], None]] = {
+            ("MatMul", "int4"): _Rows.grouped_product,
+            ("Gather", "int8"): _Rows.lookup,
+            ("Gather", "int4"): _Rows.grouped_lookup,
         }
+        if self.product is not None:
+            write["MatMul", "int8"] = self.product
         for node in self.graph.node:
-            precision = self._precision(node)
-            if precision in self.precisions:
-                write[node.op_type, precision](node)
+            precision = "" if node.name in self.left else self._precision(node)
+            if way := write.get((node.op_type, precision)):
+                way(self, node)
                 continue
             self.nodes.append(node)
             if precision in ("fp16", "fp32"):
@@ -148,13 +178,22 @@ class _Rows:
     def _matrix(self, name: str) -> bool:
         return name in self.floats and len(self.floats[name].dims) == 2
 
-    def _product(self, node: onnx.NodeProto) -> None:
+    def tensor_product(self, node: onnx.NodeProto) -> None:
+        """[..., depth] fp32 and (depth, channels) constant -> [..., channels] fp32, by the nodes ONNX Runtime joins."""
+        (x, weight), out = node.input, node.output[0]
+        values, scales = self._weights(weight, self.factors.get(x))
+        integers, step, zero = names = [f"{x}/{name}" for name in ("integers", "step", "zero")]
+        if integers not in self.made:
+            self.nodes.append(helper.make_node("DynamicQuantizeLinear", [x], names, name=integers))
+            self.made.add(integers)
+        whole = self._node(f"{out}/whole", "MatMulInteger", integers, values, zero)
+        whole = self._node(f"{out}/float", "Cast", whole, to=onnx.TensorProto.FLOAT)
+        self._node(out, "Mul", whole, self._node(f"{out}/scales", "Mul", step, scales))
+
+    def row_product(self, node: onnx.NodeProto) -> None:
         """[..., rows, depth] fp32 and (depth, channels) constant -> [..., rows, channels] fp32, integers between."""
         (x, weight), out = node.input, node.output[0]
-        source = self._source(weight)
-        values, scales = self._stored(source, channel=0 if source != weight else 1)
-        if source != weight:  # a runtime turns it once, when it opens the file
-            values = self._once(f"{values}/turned", "Transpose", values, perm=[1, 0])
+        values, scales = self._weights(weight)
         both, scale = self._rows(x)
         whole = self._node(f"{out}/whole", "MatMulInteger", both, values, self._scalar("zero"))
         whole = self._node(f"{out}/float", "Cast", whole, to=onnx.TensorProto.FLOAT)
@@ -164,7 +203,7 @@ class _Rows:
         rows = self._node(f"{out}/rows", "Add", first, second)
         self._node(out, "Mul", self._node(f"{out}/channels", "Mul", rows, scales), scale)
 
-    def _static_product(self, node: onnx.NodeProto) -> None:
+    def static_product(self, node: onnx.NodeProto) -> None:
         """The product of dequantized integers, which ONNX Runtime computes as one of integers."""
         (x, weight), out = node.input, node.output[0]
         source = self._source(weight)
@@ -197,7 +236,7 @@ class _Rows:
         second = self._once(f"{x}/row/second", "QuantizeLinear", rest, self._scalar("fine"), zero)
         return self._once(f"{x}/row/both", "Concat", first, second, axis=-2), scale
 
-    def _lookup(self, node: onnx.NodeProto) -> None:
+    def lookup(self, node: onnx.NodeProto) -> None:
         """Rows of a table, each with its own scale."""
         (table, ids), out = node.input, node.output[0]
         values, scales = self._stored(table, channel=0)
@@ -206,7 +245,7 @@ class _Rows:
         scale = self._node(f"{out}/scales", "Unsqueeze", scale, self._scalar("last"))
         self._node(out, "Mul", self._node(f"{out}/cast", "Cast", found, to=onnx.TensorProto.FLOAT), scale)
 
-    def _grouped_product(self, node: onnx.NodeProto) -> None:
+    def grouped_product(self, node: onnx.NodeProto) -> None:
         """[..., depth] fp32 and (depth, channels) constant -> [..., channels] fp32, activations in int8."""
         (x, weight), out = node.input, node.output[0]
         source = self._source(weight)
@@ -226,7 +265,7 @@ class _Rows:
             accuracy_level=INT8_ACTIVATIONS,
         )
 
-    def _grouped_lookup(self, node: onnx.NodeProto) -> None:
+    def grouped_lookup(self, node: onnx.NodeProto) -> None:
         (table, ids), out = node.input, node.output[0]
         packed, scales, _ = self._grouped(table, turned=False)
         # 4 bits by default; to say so takes a later version (1.23).
@@ -247,13 +286,27 @@ class _Rows:
             self._constant(kept, scales)
         return packed, kept, (len(matrix), matrix.shape[1])
 
-    def _stored(self, name: str, channel: int) -> tuple[str, str]:
-        """Names of a matrix' int8 values and of its scales along the axis `channel`."""
+    def _weights(self, weight: str, factor: np.ndarray | None = None) -> tuple[str, str]:
+        """Names of the int8 values (depth, channels) of a product's matrix and of its scales."""
+        source = self._source(weight)
+        if source == weight:
+            return self._stored(weight, 1, factor)
+        values, scales = self._stored(source, 0)
+        # A runtime turns it once, when it opens the file.
+        return self._once(f"{values}/turned", "Transpose", values, perm=[1, 0]), scales
+
+    def _stored(self, name: str, channel: int, factor: np.ndarray | None = None) -> tuple[str, str]:
+        """
+        Names of a matrix' int8 values and of its scales along the axis `channel`. factor: of what it is multiplied by,
+        where errors are to make up for each other.
+        """
         values, scales = f"{name}/int8/{channel}", f"{name}/scales/{channel}"
         if values not in self.made:
             matrix = numpy_helper.to_array(self.floats[name])
             found = np.maximum(np.abs(matrix).max(1 - channel, keepdims=True) / np.float32(MOST), np.float32(SMALLEST))
-            self._constant(values, np.rint(matrix / found).astype(np.int8))
+            whole = matrix / found
+            whole = np.rint(whole) if factor is None else rounding.compensated(whole, factor, MOST)
+            self._constant(values, whole.astype(np.int8))
             self._constant(scales, found.reshape(-1))
         return values, scales
 

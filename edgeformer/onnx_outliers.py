@@ -13,7 +13,7 @@ the OUTLIERS largest stays as it was.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ from onnx import helper, numpy_helper
 from edgeformer_agent import cases
 
 ROWS = 8
+TOKENS = 1024  # whose products are added up at once
 OUTLIERS = 4  # channels of an activation
 WORTH = 1.85  # times narrower without them
 BY_COLUMN = ("Add", "Sub", "Mul", "Div", "Pow", "Gelu", "Relu", "Sigmoid", "Tanh", "Erf", "Neg", "Clip")
@@ -39,26 +40,57 @@ class Narrowed(NamedTuple):
     account: dict[str, float]
 
 
-def peaks(proto: onnx.ModelProto, rows: Sequence[cases.Row]) -> dict[str, np.ndarray]:
+def peaks(proto: onnx.ModelProto, rows: Sequence[cases.Row], left: Collection[str] = ()) -> dict[str, np.ndarray]:
     """What reaches each product: the largest absolute value of every channel [depth], over `ROWS` of the rows."""
+    found: dict[str, np.ndarray] = {}
+    for arrays in _activations(proto, rows[:: -(-len(rows) // ROWS) or 1], left):
+        for name, x in arrays.items():
+            top = np.abs(x).max(0)
+            found[name] = np.maximum(found.get(name, top), top)
+    return found
+
+
+def moments(proto: onnx.ModelProto, rows: Sequence[cases.Row], left: Collection[str] = ()) -> dict[str, np.ndarray]:
+    """Of what reaches each product, the mean of x xT [depth, depth] fp64 over the tokens of all rows, where finite."""
+    total: dict[str, np.ndarray] = {}
+    tokens: dict[str, int] = {}
+    parts: list[dict[str, np.ndarray]] = []
+    for arrays in _activations(proto, rows, left):
+        parts.append(arrays)
+        if sum(len(next(iter(part.values()))) for part in parts) >= TOKENS:
+            _add(total, tokens, parts)
+    _add(total, tokens, parts)
+    means = {name: found.astype(np.float64) / tokens[name] for name, found in total.items()}
+    return {name: mean for name, mean in means.items() if np.isfinite(mean).all()}
+
+
+def _add(total: dict[str, np.ndarray], tokens: dict[str, int], parts: list[dict[str, np.ndarray]]) -> None:
+    """The products of many tokens at once: of a few, adding them up takes longer than they do. Empties `parts`."""
+    for name in parts[0] if parts else ():
+        x = np.concatenate([part[name] for part in parts])
+        total[name] = total.get(name, 0) + x.T @ x
+        tokens[name] = tokens.get(name, 0) + len(x)
+    parts.clear()
+
+
+def _activations(
+    proto: onnx.ModelProto, rows: Sequence[cases.Row], left: Collection[str]
+) -> Iterator[dict[str, np.ndarray]]:
+    """For each row, what reaches the products that are not named in `left`: [tokens, depth]."""
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     known = {x.name for x in (*copy.graph.input, *copy.graph.output)}
-    names = sorted(_Graph(copy.graph).products(()))
-    if not names:  # as in a graph of Gemm: a runtime asked for no output gives all
-        return {}
+    names = sorted(_Graph(copy.graph).products(left))
+    if not names or not rows:  # as in a graph of Gemm: a runtime asked for no output gives all
+        return
     copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # keeps every name
     session = onnxruntime.InferenceSession(copy.SerializeToString(), options, providers=["CPUExecutionProvider"])
     given = [x.name for x in session.get_inputs()]
-    found: dict[str, np.ndarray] = {}
-    for row in rows[:: -(-len(rows) // ROWS)]:
+    for row in rows:
         arrays = session.run(names, {name: row[name][None] for name in given})
-        for name, array in zip(names, arrays, strict=True):
-            top = np.abs(array.reshape(-1, array.shape[-1])).max(0)
-            found[name] = np.maximum(found.get(name, top), top)
-    return found
+        yield {name: x.reshape(-1, x.shape[-1]) for name, x in zip(names, arrays, strict=True)}
 
 
 def narrowed(proto: onnx.ModelProto, seen: Peaks, left: Collection[str] = ()) -> Narrowed:

@@ -44,12 +44,14 @@ def served(
             progress=order.report,
         )  # fmt: skip
         recipe = outcome.recipe
+        if recipe.attention == "auto":  # the search measured dense programs
+            recipe = dataclasses.replace(recipe, attention="dense")
         found = outcome.best.real if outcome.best else None
     elif order.limits is not None:
         raise BadInput(f"recipe {recipe.name} has no open setting to meet limits with; see edgeformer.recipe")
     model = cook(recipe, kitchen(teacher, order.data, order.train, order.task, order.folder, order.report), model)
     chosen = attention if attention != "auto" else recipe.attention
-    return _told(model, recipe, order.limits, found), chosen, budget if recipe.attention == "dense" else recipe.budget
+    return _told(model, recipe, order.limits, found), chosen, budget if recipe.budget is None else recipe.budget
 
 
 def hold(limits: Limits, entry: wire.Entry) -> None:
@@ -57,7 +59,7 @@ def hold(limits: Limits, entry: wire.Entry) -> None:
     found = (entry.predicted.metrics.latency_ms or 0.0, entry.size_bytes / 2**20, drop(entry.checked))
     if not limits.met(*found):
         words = "{:.4g} ms (modelled), {:.3g} MB, {:.3%} lost".format(*found)
-        raise BudgetMissed(f"{entry.name} misses its limits ({limits}): {words}; nothing was packaged")
+        raise BudgetMissed(f"{entry.name} misses {limits.words()}: {words}; nothing was packaged")
 
 
 def _told(model: Model, recipe: Recipe, limits: Limits | None, found: Real | None) -> Model:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .model import Model
     from .program import Program
 
+SELDOM = 100_000  # new objects between two collections of an export; Python's own is 700
+
 
 class Precision(NamedTuple):
     """
@@ -65,7 +67,7 @@ class Export:
         made = iter(self.module.export(model, self.precisions))
         with _older_set_aside():
             while True:
-                with _uncollected():
+                with _seldom_collected():
                     program = next(made, None)
                 if program is None:
                     return
@@ -86,18 +88,18 @@ def _older_set_aside() -> Iterator[None]:
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def _seldom_collected() -> Iterator[None]:
     """
-    No garbage collection meanwhile: it walks the graphs' nodes over and over, a fifth of an export's time. Afterwards
-    all at once, so that the next format does not come on top of what this one left.
+    Garbage collection walks the graphs' nodes over and over, a fifth of an export's time; without any, a decoder's old
+    graphs are gigabytes. Afterwards all at once, so that the next format does not come on top of what this one left.
     """
-    before = gc.isenabled()
-    gc.disable()
+    before = gc.get_threshold()
+    gc.set_threshold(SELDOM, *before[1:])
     try:
         yield
     finally:
-        if before:
-            gc.enable()
+        gc.set_threshold(*before)
+        if gc.isenabled():
             gc.collect()
 
 

@@ -63,13 +63,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Passes in order, and how the result is built. attention, budget, precision: as for `edgeformer.build`."""
+    """
+    Passes in order, and how the result is built. attention, precision: as for `edgeformer.build`; what a search found
+    is dense, as it was measured, unless its recipe says "dsa". budget: of sparse attention; None leaves it to the
+    caller.
+    """
 
     name: str
     title: str
     steps: tuple[Step, ...]
-    attention: str = "dense"
-    budget: float = 0.5
+    attention: str = "auto"
+    budget: float | None = None
     precision: tuple[str, ...] = ()
 
 
@@ -104,8 +108,10 @@ def load(name: str | Path) -> Recipe:
 def dump(recipe: Recipe) -> str:
     """TOML that `load` reads back."""
     steps = [{"name": step.name, **{k: _written(v) for k, v in step.settings.items()}} for step in recipe.steps]
-    body = {"title": recipe.title, "attention": recipe.attention, "budget": recipe.budget, "pass": steps}
-    return tomli_w.dumps(body | ({"precision": list(recipe.precision)} if recipe.precision else {}))
+    body: dict[str, Any] = {"title": recipe.title, "attention": recipe.attention}
+    body |= {} if recipe.budget is None else {"budget": recipe.budget}
+    body |= {"precision": list(recipe.precision)} if recipe.precision else {}
+    return tomli_w.dumps(body | {"pass": steps})
 
 
 def ranges(recipe: Recipe) -> dict[str, Range]:
@@ -156,7 +162,7 @@ def _read(name: str, text: str) -> Recipe:
         raise BadInput(f"recipe {name}: unknown key {unknown[0]!r}; known: {', '.join(_TOP)}")
     steps = tuple(_step(name, table) for table in body.pop("pass", []))
     precision = body.pop("precision", ())
-    if (attention := body.get("attention", "dense")) not in ATTENTION:
+    if (attention := body.get("attention", "auto")) not in ATTENTION:
         raise BadInput(f"recipe {name}: attention {attention!r} must be one of {', '.join(ATTENTION)}")
     fields = {"title": "", **body, "precision": (precision,) if isinstance(precision, str) else tuple(precision)}
     return Recipe(name=name, steps=steps, **fields)

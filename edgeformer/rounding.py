@@ -5,6 +5,9 @@ Linear layers and embedding tables are rounded symmetrically by row: int8 with o
 GROUP of a row's columns; the largest weight becomes 127 or 7. Activations are rounded while a program runs, around a
 zero point, with a scale for each token or for each input row ("tensor", as ONNX Runtime's int8 does).
 
+A table of a FEW rows (token types) stays in fp32: each of its rows is added to many tokens or to all, and its error is
+the same in all of them and does not average out.
+
 The straight-through rounding is torch's own. torchao's fake quantizers choose scales that no exporter here writes (the
 largest weight becomes 127.5 or 7.5), so that training would learn other numbers than the file holds.
 """
@@ -12,7 +15,7 @@ largest weight becomes 127.5 or 7.5), so that training would learn other numbers
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -21,12 +24,16 @@ import numpy as np
 import torch
 from torch.nn.utils import parametrize
 
-from .errors import BadInput
+from .errors import BadInput, ExportError
 from .model import Model
 
+NEAR = 1 / 32  # of a token's largest value: what is above is quantized by itself in `Apart`
+FEW = 16  # rows of a table that stays in fp32
 GROUP = 32  # columns that share a scale in int4
 MOST = {"int8": 127, "int4": 7}
 SMALLEST = 1e-12  # scale of a row of zeros
+DAMPING = 0.05  # of the mean square of what reaches a matrix: as much of it is taken for independent noise
+AT_ONCE = 64  # rows
 ACTIVATIONS = ("token", "tensor", "none")
 FINENESS = ("int4", "int8", "fp16", "fp32")
 # What a program of a precision stores: linear layers, embedding tables.
@@ -56,6 +63,34 @@ def stored(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     return values.reshape(weight.shape), scales
 
 
+def factor(moments: np.ndarray) -> np.ndarray:
+    """
+    What `compensated` needs to know of what a matrix is multiplied by. moments: [depth, depth] fp64, the mean of x xT.
+    -> upper triangular U with UT U the inverse of the moments.
+    """
+    noise = DAMPING * float(np.diag(moments).mean()) or 1.0
+    inverse = np.linalg.inv(moments + noise * np.eye(len(moments)))
+    upper: np.ndarray = np.linalg.cholesky((inverse + inverse.T) / 2).T
+    return upper
+
+
+def compensated(whole: np.ndarray, upper: np.ndarray, most: int) -> np.ndarray:
+    """
+    [depth, channels] in steps of each channel -> integers up to `most`, not each the nearest: what rounding a row loses
+    is made up for by the rows behind it, as far as their inputs go together (Frantar et al., GPTQ, arXiv 2210.17323).
+    """
+    left, made = whole.astype(np.float64), np.empty(whole.shape)
+    for start in range(0, len(left), AT_ONCE):
+        end = min(start + AT_ONCE, len(left))
+        lost = np.empty_like(left[start:end])
+        for i in range(start, end):
+            made[i] = np.clip(np.rint(left[i]), -most, most)
+            lost[i - start] = (left[i] - made[i]) / upper[i, i]
+            left[i + 1 : end] -= upper[i, i + 1 : end, None] * lost[i - start]
+        left[end:] -= upper[start:end, end:].T @ lost
+    return made
+
+
 def pretended(weight: Tensor, precision: str) -> Tensor:
     """The fp32 numbers that the stored ones stand for; the gradient passes as if nothing had been rounded."""
     with torch.no_grad():
@@ -76,10 +111,15 @@ def asked(model: Model, precision: str) -> dict[str, str]:
     """Path of each layer -> what a program of `precision` stores it in, finer where the model says so."""
     made = {}
     for name, layer in layers(model.module).items():
-        part = PARTS[precision][isinstance(layer, torch.nn.Embedding)]
+        table = isinstance(layer, torch.nn.Embedding)
+        part = PARTS[precision][table]
         part = max(part, model.precisions.get(name, part), key=FINENESS.index)
-        made[name] = fitting(part, layer.weight.shape[1])
+        made[name] = _stored_in(part, layer.weight.shape, table=table)
     return made
+
+
+def _stored_in(precision: str, shape: Sequence[int], *, table: bool) -> str:
+    return "fp32" if table and shape[0] <= FEW else fitting(precision, shape[1])
 
 
 @dataclass(frozen=True)
@@ -92,34 +132,48 @@ class Chosen:
     parts: tuple[str, str]  # linear layers, embedding tables
     finer: Mapping[Content, str] = field(default_factory=dict)
     ranges: Mapping[Content, tuple[float, float]] = field(default_factory=dict)  # of activations
-
-    @property
-    def plain(self) -> bool:
-        """All of it int8, activations rounded as they come."""
-        return self.parts == ("int8", "int8") and not self.finer and not self.ranges
+    exact: Mapping[Content, str] = field(default_factory=dict)  # linear layers asked in fp32, and their paths
 
     def range_of(self, matrix: np.ndarray) -> tuple[float, float] | None:
         """What reaches a linear layer [out, in]: its least and greatest value."""
         return self.ranges.get(_content(matrix))
 
+    def computed_in_fp32(self, matrix: np.ndarray) -> str:
+        """
+        The path of a linear layer [out, in] that must be, where the arithmetic is fp16; "" of another. A table is only
+        looked up: in fp16 it gives what fp16 arithmetic would take of it.
+        """
+        return self.exact.get(_content(matrix), "") if self.exact else ""
+
+    def hold(self, found: Collection[str], format: str) -> None:
+        """Raises ExportError unless every layer that must be computed in fp32 is among those `found` in a program."""
+        if lost := sorted({*self.exact.values()} - {*found}):
+            raise ExportError(
+                f"{format}: precisions: {lost[0]} = fp32: the program has no such linear layer (it was folded, or no "
+                "output needs it); leave it out of the model's precisions"
+            )
+
     def of(self, matrix: np.ndarray, *, table: bool) -> str:
         """`matrix`: [out, in] of a linear layer, [rows, columns] of a table."""
         part = self.parts[table]
         found = self.finer.get(_content(matrix), part) if self.finer else part
-        return fitting(max(part, found, key=FINENESS.index), matrix.shape[1])
+        return _stored_in(max(part, found, key=FINENESS.index), matrix.shape, table=table)
 
 
 def chosen(model: Model, precision: str) -> Chosen:
     """For a program of this precision. Raises BadInput where the model keeps a layer that it has not."""
     finer: dict[Content, str] = {}
+    exact: dict[Content, str] = {}
     known = layers(model.module)
     for name, found in model.precisions.items():
         if name not in known or found not in FINENESS:
             raise BadInput(f"precisions: {name} = {found}: {model.name} has no such layer, or it is none of {FINENESS}")
         key = _content(known[name].weight.detach().numpy())
         finer[key] = max(found, finer.get(key, found), key=FINENESS.index)
+        if found == "fp32" != precision and isinstance(known[name], torch.nn.Linear):
+            exact[key] = name
     if precision != "int8-static":
-        return Chosen(PARTS[precision], finer)
+        return Chosen(PARTS.get(precision, (precision, precision)), finer, exact=exact)
     if not model.ranges:
         raise BadInput(
             f"int8-static needs the ranges of {model.name}'s activations: add the pass smooth.linears, in a recipe "
@@ -129,6 +183,35 @@ def chosen(model: Model, precision: str) -> Chosen:
         raise BadInput(f"{gone[0]} has a range and is no layer of {model.name} any more: let smooth.linears come last")
     ranges = {_content(known[name].weight.detach().numpy()): found for name, found in model.ranges.items()}
     return Chosen(PARTS[precision], finer, ranges)
+
+
+# --- huge values ------------------------------------------------------------------------------------------------------
+
+
+class Apart(torch.nn.Module):
+    """
+    A product whose rows hold a few values far above the rest, which one scale a token would round away: what they have
+    above `NEAR` is a second row with a scale of its own, through the same weights. A decoder's feed-forward layers give
+    such rows, and few of a model's products narrow as theirs do (see `wide`). Takes the bias of `product`.
+    """
+
+    def __init__(self, product: Any) -> None:
+        super().__init__()
+        self.bias: torch.nn.Parameter | None = product.bias
+        product.bias = None  # once, not for each part
+        self.product = product
+
+    def forward(self, x: Tensor) -> Tensor:
+        near = x.abs().amax(-1, keepdim=True) * NEAR
+        low = torch.minimum(torch.maximum(x, -near), near)
+        parts = self.product(torch.stack((low, x - low), -3))
+        out: Tensor = parts.select(-3, 0) + parts.select(-3, 1)
+        return out if self.bias is None else out + self.bias
+
+
+def wide(model: Model, layer: torch.nn.Module) -> bool:
+    """Whether the tokens that reach a layer are taken apart, where activations have one scale a token."""
+    return model.task.kind == "next_token" and type(layer) is torch.nn.Linear and layer.in_features > layer.out_features
 
 
 # --- pretending -------------------------------------------------------------------------------------------------------

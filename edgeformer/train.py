@@ -90,10 +90,9 @@ def fit(
     `checkpoint`: a file that a second call goes on from; `made_of` names what `loss` depends on, so that another
     training's file is refused. Raises BadInput where it is another's or the loss stops being a number.
     """
-    per_epoch = -(-len(lengths) // recipe.batch)
+    per_epoch, steps = _steps(len(lengths), recipe)
     if not per_epoch:
         raise BadInput("no rows to train on")
-    steps = max(round(recipe.epochs * per_epoch), 1)
     learned: dict[str, Tensor] = {name: x for name, x in module.named_parameters() if x.requires_grad}
     began, saved, order, epoch = time.process_time(), time.monotonic(), [], -1
     with torch.random.fork_rng(devices=[]), _recomputed(module, recipe.recompute):
@@ -129,6 +128,20 @@ def batches(lengths: Sequence[int], batch: int, seed: int, epoch: int) -> list[l
     by_length = [pool[np.argsort(size[pool], kind="stable")] for pool in pools]
     made = [pool[i : i + batch].tolist() for pool in by_length for i in range(0, len(pool), batch)]
     return [made[i] for i in random.permutation(len(made))]
+
+
+def used(lengths: Sequence[int], recipe: Recipe) -> list[int]:
+    """The rows that `fit` reads, ascending: all of them from one epoch on."""
+    per_epoch, steps = _steps(len(lengths), recipe)
+    if steps >= per_epoch:
+        return list(range(len(lengths)))
+    return sorted(row for batch in batches(lengths, recipe.batch, recipe.seed, 0)[:steps] for row in batch)
+
+
+def _steps(rows: int, recipe: Recipe) -> tuple[int, int]:
+    """Of an epoch, and of all."""
+    per_epoch = -(-rows // recipe.batch)
+    return per_epoch, max(round(recipe.epochs * per_epoch), 1)
 
 
 def _step(

@@ -52,7 +52,8 @@ class Workshop:
         hoped = load.over(tokens, cost.Kept(sparsify.DENSE_BELOW, ((max(tokens), budget),))) if load else 1.0
         long_enough = load and max(tokens) >= sparsify.FEWEST_BLOCKS * sparsify.block_of(model.module, model.max_length)
         if attention == "dense" or (attention == "auto" and not (hoped >= choice.WORTH and long_enough)):
-            return _decided(model, "dense", hoped, "if the budget is met", attention, budget)
+            what = "if the budget is met" if load else f"({choice.obstacle(model.module)})"
+            return _decided(model, "dense", hoped, what, attention, budget)
         sparse = self._sparsified(model, plan.rule, budget)
         assert load is not None  # the pass refuses models without attention layers that it can swap
         kept = cost.calibrated(sparse.history)

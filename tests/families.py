@@ -85,6 +85,20 @@ def model(family: str, wide: bool = False) -> Model:
     return models.load(tiny(family, wide), name=f"tiny-{family}", lengths=lengths)
 
 
+def loud(times: float) -> Model:
+    """A decoder with numbers as large as trained ones carry: `times` those of the tiny one."""
+    import torch
+
+    made = model("llama")
+    with torch.no_grad():
+        for name, parameter in made.module.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):  # what is added to what is carried
+                parameter.mul_(times)
+        table = made.module.get_submodule("module.model.embed_tokens")
+        table.weight = torch.nn.Parameter(table.weight * times)  # a head that shares it keeps its own
+    return made
+
+
 def dense(family: str, formats: Sequence[str] = ()) -> tuple[Cell, ...]:
     """
     Every format in fp32 and in its own first precision, each against PyTorch. ExecuTorch lowers each precision anew: of

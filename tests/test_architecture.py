@@ -71,7 +71,8 @@ def a_tool_chain_is_imported_in_its_format_only(root: Path) -> Iterator[str]:
         "litert": ("litert_torch", "ai_edge_litert", "ai_edge_quantizer"),
     }
     # Two formats are made of ONNX.
-    shared = ("onnx_graph.py", "onnx_int8.py", "onnx_outliers.py", "tensorrt/lower.py", "tensorrt/rules.py")
+    lowered = ("tensorrt/lower.py", "tensorrt/ranges.py", "tensorrt/rules.py")
+    shared = ("onnx_graph.py", "onnx_int8.py", "onnx_outliers.py", *lowered)
     for path in sources(root, "edgeformer"):
         for format, tops in chains.items():
             own = (f"formats/{format}.py", f"{format}_package.py", f"attention/{format}_function.py")

@@ -215,11 +215,12 @@ def test_a_killed_build_leaves_the_old_bundle_or_the_new_one(
 def test_an_export_leaves_the_collector_as_it_was() -> None:
     (export,) = exports(["onnx"])
     model = models.load(Scorer(), example=(torch.zeros(1, 16),), name="scorer")
+    before = gc.get_threshold()
     assert [program.precision for program in export.programs(model)] == ["int8"]
-    assert gc.isenabled() and not gc.get_freeze_count()
+    assert gc.isenabled() and not gc.get_freeze_count() and gc.get_threshold() == before
     next(programs := export.programs(model))
     programs.close()  # type: ignore[attr-defined]
-    assert gc.isenabled() and not gc.get_freeze_count()
+    assert gc.isenabled() and not gc.get_freeze_count() and gc.get_threshold() == before
 
 
 def test_progress_ends_every_step(tmp_path: Path, config_home: Path) -> None:

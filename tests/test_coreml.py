@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("coremltools")
 
 import edgeformer as ef  # noqa: E402
-from edgeformer import check, data, formats, model as models  # noqa: E402
+from edgeformer import check, data, formats, model as models, rms_norm  # noqa: E402
 from edgeformer.attention import dsa, scorer, swap  # noqa: E402
 from edgeformer.attention.reference import THRESHOLD, TOP_K, Config  # noqa: E402
 from edgeformer.errors import ExportError  # noqa: E402
@@ -130,6 +130,42 @@ def test_the_approximate_gelu_stays_approximate() -> None:
     (got,) = check.run(program, entry(program), [{"x0": x[0].numpy()}], lambda _: None)
     np.testing.assert_allclose(got, Approximate()(x)[0].numpy(), atol=1e-6)
     assert kinds(program, 0) == {"const": 1, "gelu": 1}
+
+
+@pytest.mark.slow
+def test_a_decoder_of_large_numbers_fits_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = families.loud(3000)
+    rows = data.load(model, None, None).rows[:16]
+    wanted = check.reference(model, rows, lambda _: None)
+
+    def found() -> list[wire.Fidelity]:
+        programs = coreml.export(model, ["fp32", "fp16"])
+        outputs = [check.run(program, entry(program), rows, lambda _: None) for program in programs]
+        return [check.fidelity(model, x, wanted, None) for x in outputs]
+
+    full, half = found()
+    assert full.worst > 1 - 1e-5 and half.worst > 0.98
+    monkeypatch.setattr(coreml.rms_norm, "scale", lambda _: 0)
+    full, half = found()
+    assert full.worst > 1 - 1e-5 and half.mean < 0.9
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-5, 0.1])
+def test_a_scaled_norm_is_the_same_norm(epsilon: float) -> None:
+    class Norm(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def forward(self, x: Any) -> Any:
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+
+    rows = torch.randn(1, 8, 64) * torch.tensor([0, 1e-7, 1e-4, 1e-3, 0.1, 1, 1e3, 1e4])[:, None]
+    rows[0, 6, 3] = 6e4
+    program = torch.export.export(Norm(), (rows,)).run_decompositions()
+    assert rms_norm.scale(program.graph) == 1
+    program.graph_module.recompile()
+    (half,) = program.graph_module(rows.half())
+    (single,) = program.graph_module(rows)
+    wanted = Norm()(rows.double())
+    torch.testing.assert_close(single.double(), wanted, rtol=2e-6, atol=1e-9)
+    torch.testing.assert_close(half.double()[:, 2:], wanted[:, 2:], rtol=3e-3, atol=1e-4)
 
 
 def sparse_bert(counts: list[float]) -> models.Model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +12,13 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+import torch
 from test_swap import make
 
-from edgeformer import check, device as devices, model as models, predict, workshop
+from edgeformer import check, device as devices, model as models, predict, structure, workshop
 from edgeformer.attention import choice, cost, scorer, swap
 from edgeformer.data import Rows
+from edgeformer.errors import BadInput
 from edgeformer.passes import sparsify
 from edgeformer.plan import Plan, exports
 from edgeformer_agent import wire
@@ -110,6 +113,16 @@ def test_auto_never_ships_the_slower_one(model: models.Model, quick: None, monke
     made, facts = decide(model, "dsa")
     assert facts["chosen"] == "dsa" and "asked for" in facts["why"]
     assert {x.config.dense_below for x in swap.scorers(made.module)} == {256}, "asked for, and dense where it loses"
+
+
+def test_auto_leaves_layers_with_unequal_heads_dense(model: models.Model) -> None:
+    module = copy.deepcopy(model.module)
+    structure.cut(module, next(x for x in structure.groups(model) if x.kind == structure.HEADS), torch.tensor([0]))
+    fewer = replace(model, module=module)
+    _, facts = decide(fewer, "auto")
+    assert facts["chosen"] == "dense" and "prune with uniform_heads=True" in facts["why"]
+    with pytest.raises(BadInput, match="uniform_heads=True"):
+        decide(fewer, "dsa")
 
 
 @pytest.mark.slow

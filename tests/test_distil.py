@@ -79,6 +79,11 @@ def test_the_teacher_answers_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     more = distil.distil(teacher, [*TEXTS, "w3 w4"], losses=ALL_BUT_HARD, recipe=RECIPE, folder=tmp_path)
     more(small(teacher))
     assert sum(asked) == 17  # the shards that are the same are not asked for again
+    asked.clear()
+    half = distil.distil(teacher, TEXTS, losses=ALL_BUT_HARD, recipe=replace(RECIPE, epochs=0.5))
+    assert (
+        half(small(teacher)).history[-1].facts["steps"] == 3 and sum(asked) == 48
+    )  # nor what training does not come to
 
 
 def test_each_loss_is_zero_for_a_twin_and_not_for_another() -> None:

@@ -167,6 +167,22 @@ def test_nan_in_a_used_token_reaches_every_row_that_sees_it(kernels: str, bad: n
     assert np.isnan(out[:, :, 7]).all() and not np.isnan(np.delete(out, 7, 2)).any()
 
 
+@pytest.mark.parametrize("compute", [kernel.F32, kernel.I8])
+def test_keys_of_the_future_do_not_matter(kernels: str, compute: int) -> None:
+    """Also where a query block starts inside a key block, and where the first queries see none of it."""
+    q, k, v, _ = problem(n=192)
+    for block_q, block_k, offset in ((64, 64, 0), (32, 128, 0), (128, 48, 0), (16, 64, 7)):
+        c = ref.Config(block_q=block_q, block_k=block_k, causal=1, q_offset=offset)
+        want = kernel.attend(c, q, k, v, compute=compute)[:, :, :70]
+        late = k.copy()
+        late[:, :, 70 + offset :] = v[:, :, 70 + offset :] if compute == kernel.I8 else np.nan
+        got = kernel.attend(c, q, late, v, compute=compute)[:, :, :70]
+        if compute == kernel.F32:
+            np.testing.assert_array_equal(got, want)
+        else:  # one scale per block, one mean per head
+            assert np.linalg.norm(got - want) <= 3e-2 * np.linalg.norm(want)
+
+
 def test_large_logits_stay_exact(kernels: str) -> None:
     q, k, v, _ = problem(n=130)
     want = ref.attend(ref.Config(), 30 * q, 30 * k, v)

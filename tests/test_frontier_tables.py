@@ -100,6 +100,11 @@ def test_a_line_without_a_program_says_why() -> None:
     assert techniques.read(json.loads(json.dumps(techniques.asdict(some)))) == some
     about = {"cpu": "a board", "load": 1.0, "timed_rows": 60, "minutes": 1.0}
     page = techniques.document([none, some], about)
+    document = techniques.markdown([none, some], about)
+    assert (
+        "| combined | onnx int8 | 0.0 | 4.00 | 0.8000 | 97.6 | 3.8x 91% |" in document
+        and "- early exit: not" in document
+    )
     assert "no classes" in page and "&lt;how&gt;" in page and "97.6" in page
     dynamic = replace(some, layers_run={"least": 2, "mean": 4.25, "most": 6, "of": 6})
     said = techniques.notes([none, some, dynamic]).splitlines()

@@ -76,16 +76,18 @@ def test_the_same_is_computed_from_narrower_ranges() -> None:
 
 def test_int8_loses_less() -> None:
     wanted = outputs(block())
-    seen = onnx_outliers.peaks(block(), [{"x": X[0]}])
+    rows = [{"x": X[0]}]
 
-    def error(peaks: onnx_outliers.Peaks | None) -> float:
-        made, narrower = onnx_int8.by_tensor(block(), INT8, peaks)
-        assert bool(narrower) == bool(peaks)
+    def error(rows: list[Any], typical: list[Any]) -> float:
+        made, narrower = onnx_int8.by_tensor(block(), INT8, rows, typical)
+        assert bool(narrower) == bool(rows)
         kinds = [node.op_type for node in made.graph.node]
-        assert kinds.count("MatMulInteger") == 2 and kinds.count("MatMul") == (2 if peaks else 0)
+        assert kinds.count("MatMulInteger") == 2 and kinds.count("MatMul") == (2 if rows else 0)
         return float(np.abs(outputs(made) - wanted).mean())
 
-    assert error(seen) < error(None) / 3
+    nearest = error(rows, [])
+    assert nearest < error([], []) / 3
+    assert error(rows, rows) < nearest
 
 
 @pytest.mark.parametrize("change", ["read elsewhere", "no outlier", "in float", "shared"])

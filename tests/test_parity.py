@@ -31,7 +31,7 @@ def test_a_program_is_compared_whole_and_layer_by_layer(bert: models.Model) -> N
     assert int8.fidelity and 0.98 < int8.fidelity.mean < fp32.fidelity.mean and max(int8.layers) < min(fp32.layers)
     assert len(int8.layers) == 3 and 0 < int8.size_bytes < fp32.size_bytes and fp32.native is None
     body = json.loads(found.to_json())
-    assert body["schema"] == "edgeformer.parity/2" and body["cells"][0]["fidelity"]["measure"] == "cosine"
+    assert body["schema"] == "edgeformer.parity/3" and body["cells"][0]["fidelity"]["measure"] == "cosine"
 
 
 @pytest.mark.slow
@@ -75,6 +75,18 @@ def test_every_family_shows_its_layers(family: str) -> None:
     assert (
         names == ("embeddings", "layer 0", "layer 1") and states.shape[-1] == 3 * width and torch.isfinite(last).all()
     )
+
+
+def test_a_difference_has_students_interval_over_paired_rows() -> None:
+    x = np.array([0.1, -0.2, 0.4, 0.0, 0.3])
+    found = matrix_of.paired(x)
+    assert found.mean == pytest.approx(0.12) and found.rows == 5
+    assert found.half == pytest.approx(2.7764 * x.std(ddof=1) / 5**0.5, rel=0.01)  # the quantile of a printed table
+    assert matrix_of.paired(x[:4]).half is None
+    made = Cell("onnx", "int8", difference=found)
+    few = matrix_of.Matrix("tiny", 5, "texts", 0.5, (), (made,))
+    said = str(matrix.table(few).caption)
+    assert "onnx-int8 to that: +0.1200 ± 0.29" in said and "5 rows: single blocks" in said
 
 
 def test_a_cell_without_layers_departs_nowhere() -> None:

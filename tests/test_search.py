@@ -61,7 +61,7 @@ def test_the_best_is_a_program_that_was_run(outcome: Outcome) -> None:
 @pytest.mark.slow
 def test_what_nothing_meets_is_refused_with_the_nearest(outcome: Outcome, tmp_path: Path) -> None:
     missed = dataclasses.replace(outcome, limits=Limits(max_size_mb=0.0001), best=None)
-    with pytest.raises(BudgetMissed, match=r"size_mb 0.0001 at most; nearest:\ntrial \d+: .* keep 0\.\d"):
+    with pytest.raises(BudgetMissed, match=r"meets 0.0001 MB at most; nearest:\ntrial \d+: .* keep 0\.\d"):
         _ = missed.recipe
 
 

@@ -8,6 +8,7 @@ computes. No TensorRT is here; the runner's stand-in says so.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,11 @@ from onnx import TensorProto as T, helper  # noqa: E402
 from test_formats import entry  # noqa: E402
 
 import edgeformer as ef  # noqa: E402
-from edgeformer import check, data, formats, model as models  # noqa: E402
+from edgeformer import check, data, formats, model as models, onnx_graph, rounding  # noqa: E402
 from edgeformer.attention import onnx_function  # noqa: E402
 from edgeformer.errors import ExportError  # noqa: E402
 from edgeformer.program import Program  # noqa: E402
-from edgeformer.tensorrt import lower, rules  # noqa: E402
+from edgeformer.tensorrt import lower, ranges, rules  # noqa: E402
 from edgeformer_agent import measure, runners  # noqa: E402
 
 
@@ -242,6 +243,65 @@ def test_what_overflows_or_counts_stays_fp32_and_what_multiplies_does_not() -> N
     assert len(fp32) == 10 and {name.split("/")[0] for name in fp32} == {"norm", "length"}
 
 
+def test_a_root_mean_square_stays_fp32_up_to_its_reciprocal() -> None:
+    nodes = [
+        node("Pow", ["x", "two"], ["p"], "square"),
+        node("ReduceMean", ["p", "a"], ["m"], "mean"),
+        node("Add", ["m", "e"], ["s"], "shifted"),
+        node("Sqrt", ["s"], ["r"], "root"),
+        node("Reciprocal", ["r"], ["f"], "factor"),
+        node("Mul", ["x", "f"], ["y"], "unit"),
+        node("Add", ["y", "e"], ["out"], "next"),
+    ]
+    constants = {"two": np.float32(2), "a": np.array([-1]), "e": np.float32(1e-5)}
+    loud = {"x": X["x"] * 9000}
+    made = lower.standard(graph(nodes, loud, constants))
+    assert [name.split("/")[0] for name in made.fp32] == ["square", "mean", "shifted", "root", "factor"]
+    seen = ranges.peaks(made.proto, [{"x": row} for row in loud["x"]])
+    assert (
+        1e8 < seen["m"] < seen["p"]
+        and 2e4 < np.abs(loud["x"]).max() < 3e4
+        and set(ranges.loud(made.proto, seen)) < set(made.fp32)
+    )
+
+
+@pytest.mark.parametrize("op", ["MatMul", "Gemm"])
+def test_a_layer_asked_in_fp32_stays_so_with_its_bias(op: str) -> None:
+    weight = RANDOM.standard_normal((16, 8)).astype(np.float32)
+    x = {"x": RANDOM.standard_normal((3, 16)).astype(np.float32)}
+    nodes = [
+        node(op, ["x", "w"], ["y"], "product"),
+        node("Add", ["y", "b"], ["z"], "bias"),
+        node("Add", ["z", "z"], ["out"], "next"),
+    ]
+    made = graph(nodes, x, {"w": weight, "b": weight[0]}, opset=13)
+    key = rounding._content(np.ascontiguousarray(weight.T))
+    assert list(lower.layers(made, rounding.Chosen(("fp16", "fp16"), exact={key: "layer"}))) == ["product", "bias"]
+    assert list(lower.layers(made, rounding.Chosen(("fp16", "fp16")))) == []
+    with pytest.raises(ExportError, match="tensorrt: precisions: other = fp32: the program has no such linear layer"):
+        list(lower.layers(made, rounding.Chosen(("fp16", "fp16"), exact={((8, 16), b""): "other"})))
+
+
+@pytest.mark.slow
+def test_what_is_seen_to_leave_fp16_stays_fp32(tmp_path: Path) -> None:
+    up = "module.model.layers.1.mlp.up_proj"
+    model = replace(families.loud(1e6), past=None, precisions={up: "fp32"})
+    rows = data.load(model, None, None).rows[:16]
+    wanted = check.reference(model, rows, lambda _: None)
+    program = exported(model)["fp16"]
+    made = lower.standard(onnx_graph.trace(model, "tensorrt"))
+    plan = program.files["build.txt"].decode().splitlines()
+    kept = {line.split()[2] for line in plan if line.startswith("fp32")}
+    (asked,) = lower.layers(made.proto, rounding.chosen(model, "fp16"))
+    assert kept > {asked, *made.fp32} and asked not in made.fp32
+    without = [line for line in plan if not line.startswith("fp32") or line.split()[2] in made.fp32]
+    changed = replace(program, files={**program.files, "build.txt": "\n".join(without).encode()})
+    found = check.fidelity(model, [opened(program, model, tmp_path)(row) for row in rows], wanted, None)
+    assert found.worst > 0.98
+    run = opened(changed, model, tmp_path)
+    assert not all(np.isfinite(run(row)).all() for row in rows)
+
+
 def test_masks_fit_fp16() -> None:
     nodes = [node("Greater", ["x", "z"], ["c"]), node("Where", ["c", "x", "far"], ["out"], "n")]
     made = lower.standard(graph(nodes, X, {"z": np.float32(0), "far": np.float32(-3.4e38)}))
@@ -265,8 +325,11 @@ def test_the_modelled_fp16_rounds_every_result_and_weight_outside_the_fp32_nodes
         return x.astype(np.float16).astype(np.float32)
 
     x, w = X["x"], half(GAIN["g"])
-    np.testing.assert_array_equal(found(), -half(half(x * w) + w))
-    np.testing.assert_array_equal(found("product"), -half(x * w + w))
+    np.testing.assert_array_equal(found(), -half(half(half(x) * w) + w))
+    np.testing.assert_array_equal(
+        found("product"), -half(half(x * w) + w)
+    )  # what it gives is rounded where it is taken
+    np.testing.assert_array_equal(found("product", "sum"), -half(x * GAIN["g"] + GAIN["g"]))
     np.testing.assert_array_equal(found("product", "sum", "last"), -(x * GAIN["g"] + GAIN["g"]))
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from edgeformer.errors import BadInput
-from edgeformer.train import POOL, Fitted, Recipe, _schedule, batches, fit
+from edgeformer.train import POOL, Fitted, Recipe, _schedule, batches, fit, used
 
 Tensor = torch.Tensor
 ROWS, TOKENS = 60, 6
@@ -67,6 +67,20 @@ def test_it_learns_and_repeats_itself_bit_for_bit() -> None:
     assert torch.equal(drawn, torch.rand(3))  # the caller's random numbers are the caller's
     assert same(trained()[0], trained()[0])
     assert not same(trained()[0], trained(replace(RECIPE, seed=1))[0])
+
+
+@pytest.mark.parametrize("epochs", [0.4, 1.0, 1.5])
+def test_the_rows_that_are_used_are_known_before(epochs: float) -> None:
+    net, loss, lengths = problem()
+    seen: set[int] = set()
+
+    def watched(rows: Sequence[int]) -> Tensor:
+        seen.update(rows)
+        return loss(rows)
+
+    recipe = replace(RECIPE, epochs=epochs)
+    fit(net, lengths, watched, recipe)
+    assert used(lengths, recipe) == sorted(seen) and (len(seen) < ROWS) == (epochs < 1)
 
 
 def test_bf16_is_another_arithmetic() -> None:

@@ -43,16 +43,24 @@ class Load:
 
 def load(module: torch.nn.Module, device: Device, precision: str) -> Load | None:
     """None where sparse attention cannot be had in this model."""
-    try:
-        layers = swap.layers(module)
-    except BadInput:
+    if obstacle(module):
         return None
+    layers = swap.layers(module)
     channels = sum(layer.heads * layer.dim for layer in layers)
     weights = sum(m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
     fp32 = device.fp32_gflops * device.fp32_efficiency
     int8 = precision in ("int8", "int8-static", "int4-embeddings")
     linear = device.int8_gops * device.int8_efficiency if int8 else fp32
     return Load(2.0 * weights / linear, 4.0 * channels / fp32)
+
+
+def obstacle(module: torch.nn.Module) -> str:
+    """Why sparse attention cannot be had in this model; empty where it can."""
+    try:
+        swap.alike(module)
+    except BadInput as error:
+        return str(error)
+    return ""
 
 
 def by_length(load: Load, lengths: Sequence[int], kept: cost.Kept, compute: int = 0) -> Mapping[str, dict[str, object]]:

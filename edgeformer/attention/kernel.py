@@ -97,13 +97,20 @@ def why(c: CConfig) -> str | None:
 
 
 def prepare(
-    name: str, c: CConfig, before: tuple[Any, ...], after: tuple[Any, ...], threads: int = 1
+    name: str,
+    c: CConfig,
+    before: tuple[Any, ...],
+    after: tuple[Any, ...],
+    threads: int = 1,
+    work: Array | None = None,
 ) -> Callable[[], None]:
-    """A call of the core with its workspace, ready to be repeated."""
+    """A call of the core with its workspace (uint8, large enough; None: its own), ready to be repeated."""
     strided = any(isinstance(x, CTensor) and x.row != c.dim for x in before)
     room = library().dsa_workspace_strided if strided else library().dsa_workspace
     size = room(ctypes.byref(c), threads)
-    work = np.zeros(size, np.uint8)
+    work = np.zeros(size, np.uint8) if work is None else work[:size]
+    if work.nbytes < size:
+        raise ValueError(f"{name} needs {size} bytes of workspace, not {work.nbytes}")
     parallel = ctypes.byref(CParallel(threads, threads, _run)) if threads > 1 else None
     arguments = (ctypes.byref(c), *before, *addresses([work]), ctypes.c_size_t(size), parallel, *after)
 

@@ -164,11 +164,7 @@ def collect(
     sparse result: the statistics are then of the inputs that the model will see.
     length: of the longest row; asked from the rows by default.
     """
-    layers = swap.layers(model)
-    if len({(x.heads, x.kv_heads, x.dim, x.causal) for x in layers}) != 1:
-        raise BadInput(
-            "the attention layers differ in their number or size of heads; train scorers for equal layers only"
-        )
+    layers = swap.alike(model)
     if not rows:
         raise BadInput("no rows to train scorers on")
     one = layers[0]

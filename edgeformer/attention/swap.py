@@ -81,6 +81,17 @@ def layers(model: torch.nn.Module) -> tuple[Layer, ...]:
     return tuple(found)
 
 
+def alike(model: torch.nn.Module) -> tuple[Layer, ...]:
+    """`layers`, which must be equal in their heads: one set of scorers is trained for all. Raises BadInput."""
+    found = layers(model)
+    if len({(x.heads, x.kv_heads, x.dim, x.causal) for x in found}) != 1:
+        raise BadInput(
+            "the attention layers differ in their number or size of heads, and sparse attention needs equal ones; "
+            "prune with uniform_heads=True"
+        )
+    return found
+
+
 def _causal(module: Any) -> bool:
     """A decoder used as an encoder says so in its config (transformers' masking does the same)."""
     return bool(getattr(module, "is_causal", False) and getattr(module.config, "is_causal", True))

@@ -25,6 +25,7 @@ import torch
 
 from edgeformer_agent import wire
 
+from .. import rms_norm, rounding
 from ..attention import static, swap
 from ..attention.dsa import Scorer
 from ..attention.reference import TOP_K
@@ -69,7 +70,7 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     except Exception as error:
         raise ExportError(f"coreml: {model.name} does not convert: {type(error).__name__}: {error}") from error
     for precision in precisions:
-        package = assemble(converted, precision)
+        package = assemble(converted, precision, rounding.chosen(model, precision))
         order = sorted(package.files, key=lambda name: (name != MANIFEST, name))
         yield Program(
             format="coreml",
@@ -89,9 +90,10 @@ def _converted(model: Model, length: int, made: list[Any]) -> tuple[Converted, d
     """One length in fp32, inputs and output under the model's names; and which layers are sparse in it."""
     with torch.no_grad(), _quiet():
         with _attention(model, length) as (module, account):
-            program = torch.export.export(module, model.example(length))
+            program = torch.export.export(module, model.example(length)).run_decompositions(_decompositions())
+        rms_norm.scale(program.graph)
         converted: Any = ct.convert(
-            program.run_decompositions(_decompositions()),
+            program,
             convert_to="mlprogram",
             minimum_deployment_target=ct.target.iOS18,
             compute_precision=ct.precision.FLOAT32,

@@ -45,7 +45,6 @@ PRODUCTS = ("linear", "matmul", "bmm", "mm", "addmm", "conv2d", "convolution")
 # What XNNPACK gets of the standard form. It takes a padding that depends on the length for a constant.
 PLAIN = [LinearConfig, BMMConfig, SoftmaxConfig, GeluConfig]
 MOST_JOINED = 5  # tensors in one concatenation of XNNPACK's
-NEAR = 1 / 32  # of a token's largest value: what is above is quantized apart in `_Apart`
 LEAST, GREATEST = -8, 7  # of int4, as XNNPACK and the embedding's kernel want it said
 
 Tensor = torch.Tensor
@@ -134,9 +133,20 @@ def _partitioner(graph: Any, operators: list[Any] | None = None) -> Any:
     made = XnnpackPartitioner(operators)
     if joined := made.target_partitioner_configs.get("cat.default"):
         joined.check_constraints = partial(_few_parts, joined.check_constraints)
+    made.ops_to_not_decompose = partial(_kept_whole, made.ops_to_not_decompose)
     if not any("conv" in _name(node) for node in graph.graph.nodes):
         made.delegation_spec = DelegationSpec(XnnpackBackend.__name__, [CompileSpec("dqlinear_partitioner", b"")])
     return made
+
+
+def _kept_whole(rule: Callable[[Any], Any], program: Any) -> tuple[Any, Callable[[Any], bool] | None]:
+    """
+    The operators that XNNPACK wants undivided, and by which rule it would leave one. Where it leaves none there is no
+    rule to follow, and a graph is traced twice instead of three times.
+    """
+    operators, takes = rule(program)
+    nodes = [node for node in program.graph.nodes if node.op == "call_function" and node.target in operators]
+    return operators, None if all(map(takes, nodes)) else takes
 
 
 def _few_parts(other_rules: Callable[[Any, Any], bool], node: Any, program: Any) -> bool:
@@ -207,26 +217,6 @@ class _Linear(torch.nn.Module):
         return torch.nn.functional.linear(x, weight, self.bias)
 
 
-class _Apart(torch.nn.Module):
-    """
-    A product whose rows hold a few values far above the rest, which one scale a token would round away: what they have
-    above `NEAR` is a second row with a scale of its own, through the same weights. A decoder's feed-forward layers give
-    such rows, and few of a model's products narrow as theirs do.
-    """
-
-    def __init__(self, linear: torch.nn.Linear, precision: str) -> None:
-        super().__init__()
-        self.product, self.bias = _Linear(linear, precision), linear.bias
-        self.product.bias = None  # once, not for each part
-
-    def forward(self, x: Tensor) -> Tensor:
-        near = x.abs().amax(-1, keepdim=True) * NEAR
-        low = torch.minimum(torch.maximum(x, -near), near)
-        parts = self.product(torch.stack((low, x - low), -3))
-        out: Tensor = parts.select(-3, 0) + parts.select(-3, 1)
-        return out if self.bias is None else out + self.bias
-
-
 class _Embedding(torch.nn.Module):
     """int8 rows with a scale each, or int4 with one for each group of a row, two values a byte."""
 
@@ -249,10 +239,6 @@ class _Embedding(torch.nn.Module):
         return found
 
 
-def _narrows(layer: torch.nn.Module) -> bool:
-    return isinstance(layer, torch.nn.Linear) and layer.in_features > layer.out_features
-
-
 def _integers(model: Model, precision: str) -> torch.nn.Module:
     """A copy with linears and embeddings in integers; it shares every other weight."""
     shared = {id(x): x for x in (*model.module.parameters(), *model.module.buffers())}
@@ -261,8 +247,10 @@ def _integers(model: Model, precision: str) -> torch.nn.Module:
     known, made = rounding.layers(module), {}
     for name, found in rounding.asked(model, precision).items():
         if found in rounding.MOST:
-            apart = model.task.kind == "next_token" and _narrows(known[name])
-            made[id(known[name])] = (_Apart if apart else kinds[type(known[name])])(known[name], found)
+            layer = known[name]
+            made[id(layer)] = kinds[type(layer)](layer, found)
+            if rounding.wide(model, layer):
+                made[id(layer)] = rounding.Apart(made[id(layer)])
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if id(child) in made:

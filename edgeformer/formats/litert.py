@@ -13,6 +13,7 @@ import copy
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,10 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     Static shapes, batch 1: a signature `length_N` for each of `model.lengths`, `length_0` where there is no sequence.
     Raises ExportError with the converter's own words.
     """
-    fp32, kept = _fp32(model), cost.calibrated(model.history)
+    kept, converted = cost.calibrated(model.history), cache(partial(_fp32, model))
+    wide = any(rounding.wide(model, layer) for layer in rounding.layers(model.module).values())
     for precision in precisions:
+        fp32 = converted(wide and precision != "fp32")
         packed = _share(fp32 if precision == "fp32" else _integers(fp32, rounding.chosen(model, precision)))
         sparse = COMPOSITE.encode() in packed
         yield Program(
@@ -68,9 +71,15 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
         )
 
 
-def _fp32(model: Model) -> bytes:
+def _fp32(model: Model, apart: bool) -> bytes:
+    """apart: with a decoder's huge values in rows of their own, for integers."""
     converter: Any = litert_torch
     module = _in_order(model.module)
+    if apart:
+        for name, layer in rounding.layers(module).items():
+            if rounding.wide(model, layer):
+                parent, _, last = name.rpartition(".")
+                setattr(module.get_submodule(parent), last, rounding.Apart(layer))
     fx_infra.decomp.add_pre_convert_decomp(torch.ops.aten.index.Tensor, _index)
     if hasattr(torch.ops.edgeformer, "dsa"):  # the operator exists once a pass has put it into a model
         fx_infra.decomp.add_pre_convert_decomp(torch.ops.edgeformer.dsa.default, _composite)
@@ -141,8 +150,6 @@ def _integers(data: bytes, chosen: rounding.Chosen) -> bytes:
 
 def _others(data: bytes, chosen: rounding.Chosen) -> Iterator[tuple[str, Any, str]]:
     """What is not int8: a pattern of its place, as the quantizer names places, the kind of operator, the precision."""
-    if chosen.plain:
-        return
     model = schema.ModelT.InitFromPackedBuf(data, 0)
     kinds = {schema.BuiltinOperator.FULLY_CONNECTED: False, schema.BuiltinOperator.EMBEDDING_LOOKUP: True}
     found: dict[int, str] = {}  # buffer -> precision: signatures share weights

@@ -8,11 +8,10 @@ runs with or without our library (see `attention.onnx_function`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from edgeformer_agent import wire
 
-from .. import data, onnx_graph, onnx_int8, onnx_outliers, rounding
+from .. import onnx_graph, onnx_int8
 from ..attention import onnx_function
 from ..model import Model
 from ..program import Program
@@ -26,17 +25,8 @@ GLIBC = "2.28"  # read from the library's symbols
 def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     """One file each, any batch, any length up to `model.max_length`. Raises ExportError in the exporter's own words."""
     fp32 = onnx_graph.trace(model, "onnx")
-    seen: onnx_outliers.Peaks | None = None
     for precision in precisions:
-        proto: Any = fp32
-        narrower: dict[str, float] = {}
-        if precision == "int8-static":
-            proto = onnx_int8.static(fp32, rounding.chosen(model, precision))
-        elif precision != "fp32" and model.task.kind == "next_token":
-            proto = onnx_int8.by_row(fp32, rounding.chosen(model, precision))
-        elif precision != "fp32":
-            seen = seen if seen is not None else onnx_outliers.peaks(fp32, data.load(model, None, None).rows)
-            proto, narrower = onnx_int8.by_tensor(fp32, rounding.chosen(model, precision), seen)
+        proto, narrower = onnx_int8.written(fp32, model, precision)
         yield Program(
             format="onnx",
             precision=precision,

@@ -9,17 +9,17 @@ engine is built, which nodes stay fp32 in it, and for which sizes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from edgeformer_agent import wire
 
-from .. import native, onnx_graph
+from .. import data, native, onnx_graph, rounding
 from ..attention import onnx_function
 from ..errors import ExportError
 from ..model import Model
 from ..program import Program
-from ..tensorrt import lower, rules
+from ..tensorrt import lower, ranges, rules
 
 PRECISIONS = ("fp16", "fp32")
 RUNTIME = wire.Runtime("tensorrt", "8.2", "8.3")
@@ -34,6 +34,10 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
     traced = onnx_graph.trace(replace(model, past=None), "tensorrt")  # it does not generate
     sparse = onnx_function.present(traced)
     made = {"model.onnx": lower.standard(traced)} | ({"plugin.onnx": lower.with_plugin(traced)} if sparse else {})
+    if "fp16" in precisions:
+        seen = ranges.peaks(made["model.onnx"].proto, data.load(model, None, None).rows)
+        chosen = rounding.chosen(model, "fp16")
+        made = {name: _kept(lowered, seen, chosen) for name, lowered in made.items()}
     for name, lowered in made.items():
         rules.hold(lowered.proto, f"{model.name}, {name}", lowered.fp32 if "fp16" in precisions else None)
     files = {name: lowered.proto.SerializeToString(deterministic=True) for name, lowered in made.items()}
@@ -54,6 +58,12 @@ def export(model: Model, precisions: Sequence[str]) -> Iterator[Program]:
                 for w in work
             ),
         )
+
+
+def _kept(lowered: lower.Lowered, seen: Mapping[str, float], chosen: rounding.Chosen) -> lower.Lowered:
+    """What the model asks in fp32, and what fp16 has no room for, stays fp32 as well."""
+    asked = lower.layers(lowered.proto, chosen)
+    return lowered.with_fp32([*ranges.loud(lowered.proto, seen), *asked])
 
 
 def _plan(model: Model, precision: str, made: dict[str, lower.Lowered]) -> bytes:

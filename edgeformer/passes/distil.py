@@ -5,8 +5,8 @@ Distillation: a student learns to answer as its teacher does, on texts that need
 
 What a student may learn from: the teacher's answer (response), its last hidden states through a projection (feature),
 how its tokens relate to each other (relation, on the values of the last attention layer), how it arranges a batch
-(batch), and labels (hard). The teacher runs once: its outputs are kept in a folder, from which an interrupted run goes
-on.
+(batch), and labels (hard). The teacher answers once, and only the texts that training comes to: its outputs are kept in
+a folder, from which an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.nn import functional
 from ..errors import BadInput
 from ..model import Model
 from ..stages import Progress, quiet
-from ..train import Recipe, fit, read, write
+from ..train import Recipe, fit, read, used, write
 from . import Pass
 from .student import layer_stack
 
@@ -106,19 +106,23 @@ def distil(
         theirs = _encode(teacher, read_texts, length)
         if losses.deep and any(len(a[0]) != len(b[0]) for a, b in zip(rows, theirs, strict=True)):
             raise BadInput("feature, relation and batch compare tokens; teacher and student cut texts differently")
-        known = answers(teacher, theirs, losses.deep, Path(folder) if folder else None, recipe.bf16, progress)
+        lengths = [len(row[0]) for row in rows]
+        if model.output.shape[1:2] == (-1,) and len({*lengths}) > 1:
+            raise BadInput(f"{model.name} answers every token; distillation learns one answer a text")
+        picked = used(lengths, recipe)
+        kept_in = Path(folder) if folder else None
+        known = answers(teacher, [theirs[i] for i in picked], losses.deep, kept_in, recipe.bf16, progress)
         module = _learning(model.module, dropout)
-        learner = _Learner(model, module, known, _targets(labels, len(read_texts)), rows, losses)
+        learner = _Learner(model, module, known, picked, _targets(labels, len(read_texts)), rows, losses)
         asked = (losses, dropout, model.task.kind, known.made_of, labels, *(() if embeddings else ("words fixed",)))
         made_of = _digest(repr(asked), rows)
         name = _digest(f"{made_of} {recipe} {_of(module)}", ())[:16]
-        checkpoint = Path(folder) / "students" / f"{name}.safetensors" if folder else None
+        checkpoint = kept_in / "students" / f"{name}.safetensors" if kept_in else None
         with _tapped(module, losses.deep) as taken, _words(module, learn=embeddings):
-            loss = learner.loss(taken)
             done = fit(
                 learner.module,
-                [len(row[0]) for row in rows],
-                loss,
+                lengths,
+                learner.loss(taken),
                 recipe,
                 checkpoint=checkpoint,
                 made_of=made_of,
@@ -313,10 +317,13 @@ class _Learner:
         model: Model,
         student: torch.nn.Module,
         known: Answers,
+        answered: Sequence[int],
         targets: Tensor,
         rows: list[Encoded],
         losses: Losses,
     ) -> None:
+        """answered: the rows that `known` has, in its order."""
+        self.place = {row: place for place, row in enumerate(answered)}
         self.student, self.known, self.targets, self.rows = student, known, targets, rows
         self.losses, self.kind, self.pads = losses, model.task.kind, [x.pad for x in model.inputs]
         self.module = torch.nn.ModuleDict({"student": student})
@@ -333,18 +340,18 @@ class _Learner:
         w = self.losses
 
         def of(picked: Sequence[int]) -> Tensor:
-            rows = [self.rows[i] for i in picked]
+            rows, known = [self.rows[i] for i in picked], [self.place[i] for i in picked]
             output = self.student(*_batch(rows, self.pads)).float()
             total = torch.zeros(())
             if w.response:
-                total = total + w.response * response(output, self.known.output[picked], self.kind, w.temperature)
+                total = total + w.response * response(output, self.known.output[known], self.kind, w.temperature)
             if w.hard:
                 total = total + w.hard * _hard(output, self.targets[picked], self.kind)
             if not w.deep:
                 return total
             lengths = torch.tensor([len(row[0]) for row in rows])
             valid = torch.arange(int(lengths.max())) < lengths[:, None]
-            theirs = {name: self._padded(name, picked, valid) for name in w.deep}
+            theirs = {name: self._padded(name, known, valid) for name in w.deep}
             if w.feature:
                 total = total + w.feature * feature(self.module["project"](taken["hidden"]), theirs["hidden"], valid)
             if w.relation:
@@ -355,11 +362,11 @@ class _Learner:
 
         return of
 
-    def _padded(self, name: str, picked: Sequence[int], valid: Tensor) -> Tensor:
+    def _padded(self, name: str, places: Sequence[int], valid: Tensor) -> Tensor:
         flat, starts = self.known.tokens[name], self.known.starts
         full = torch.zeros(*valid.shape, flat.shape[-1])
         # Made fp32 before it is put together: under autocast no operator joins fp16.
-        full[valid] = torch.cat([flat[starts[i] : starts[i + 1]].float() for i in picked])
+        full[valid] = torch.cat([flat[starts[i] : starts[i + 1]].float() for i in places])
         return full
 
 

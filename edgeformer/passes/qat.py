@@ -39,8 +39,9 @@ def train(
 ) -> Pass:
     """
     For programs of `precision` with `activations` rounded as there: "tensor" (a scale a row; ONNX in int8), "token"
-    (LiteRT, ExecuTorch), or "none". The other parameters are those of `distil.distil`; a second call with the same
-    ones and `folder` goes on where the first stopped. Raises BadInput.
+    (LiteRT, ExecuTorch, decoders everywhere), or "none". A decoder learns what follows the end of each text: give many,
+    of different ends. The other parameters are those of `distil.distil`; a second call with the same ones and `folder`
+    goes on where the first stopped. Raises BadInput.
     """
     if precision not in rounding.PARTS:
         raise BadInput(f"precision {precision!r} must be one of {', '.join(rounding.PARTS)}")

@@ -67,6 +67,10 @@ def width(hidden: int, *, ffn: int = 0) -> Pass:
     """
     `hidden`: of the stream between layers, a multiple of the head size: heads are kept whole. `ffn`: inside a layer, in
     the old proportion by default. Channels, heads and neurons with the largest weights stay.
+
+    It is for a student that is trained afterwards. Every layer reads the stream and adds to it, through normalizations
+    that no rotation passes: what a lost channel held is nobody's to make up for, and without training more is lost than
+    `prune.structured` loses for the same work (`tools/bench/prune.py --width` prints both).
     """
 
     def run(model: Model) -> Model:

@@ -15,8 +15,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, inliner, numpy_helper
 
+from .. import onnx_graph
 from ..attention import onnx_function
 from ..errors import ExportError
+from ..rounding import Chosen
 
 OPSET, IR_VERSION = 13, 7
 PLUGIN, PLUGIN_VERSION = "EdgeformerDSA", "1"
@@ -25,6 +27,7 @@ MASKED = -30000.0  # two of them still fit fp16, and no logit survives one
 INT32 = (-(2**31), 2**31 - 1)
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 _INTS = (TensorProto.INT32, TensorProto.INT64)
+_OF_SUMS = ("Add", "Sub", "Mul", "Div", "Sqrt", "Pow")  # from a sum of squares to what a row is multiplied by
 _SCORES = ("q_clean", "k_clean", "v_clean", "k_head", "v_head")  # of the function's body: moved, not computed with
 _SELECT, _ATTEND = "select_", "attend_"
 
@@ -34,6 +37,11 @@ class Lowered(NamedTuple):
 
     proto: onnx.ModelProto
     fp32: tuple[str, ...]
+
+    def with_fp32(self, names: Iterable[str]) -> Lowered:
+        """These as well; the order is the graph's."""
+        wanted = {*self.fp32, *names}
+        return self._replace(fp32=tuple(node.name for node in self.proto.graph.node if node.name in wanted))
 
 
 def with_plugin(proto: onnx.ModelProto) -> Lowered:
@@ -185,19 +193,60 @@ def _fp16_safe(writer: _Writer, nodes: list[onnx.NodeProto]) -> None:
 
 def _fp32(graph: onnx.GraphProto, writer: _Writer) -> Iterator[str]:
     """
-    Normalisations and sums (fp16 overflows), the selection of blocks, and whatever is made of positions, masks and
-    counts only: integers beyond 2048 and rotation angles are not exact in fp16. That part of a graph is small.
+    Normalisations and sums (fp16 overflows), also until their root is drawn, the selection of blocks, and whatever is
+    made of positions, masks and counts only: integers beyond 2048 and rotation angles are not exact in fp16. That part
+    of a graph is small.
     """
     activations = {v.name for v in graph.input if v.type.tensor_type.elem_type in _FLOATS}
+    sums = {name for name, weight in writer.weights.items() if not weight.dims}
     for node in graph.node:
+        reduced = node.op_type.startswith("Reduce") and node.name in writer.exact
+        if reduced or (node.op_type in _OF_SUMS and sums.issuperset(node.input)):
+            sums |= set(node.output)
         table = node.op_type in ("Gather", "Conv", PLUGIN) and writer.dtype(node.input[0]) in _FLOATS
         if table or activations & set(node.input):
             activations |= set(node.output)
-        elif node.op_type not in ("Shape", "Constant"):
+        elif node.op_type not in ("Shape", "Constant") and not _turned_table(node, writer):
             yield node.name
             continue
-        if node.name in writer.exact or node.name.startswith(_SELECT):
+        if node.name in writer.exact or sums & set(node.output) or node.name.startswith(_SELECT):
             yield node.name
+
+
+def layers(proto: onnx.ModelProto, chosen: Chosen) -> Iterator[str]:
+    """
+    The nodes of the linear layers that the model asks in fp32: product and bias. Raises ExportError where there is no
+    such layer.
+    """
+    if not chosen.exact:
+        return
+    weights = {w.name: w for w in proto.graph.initializer}
+    turned = onnx_graph.transposed(proto.graph)
+    found: set[str] = set()
+    products: set[str] = set()
+    for node in proto.graph.node:
+        if node.op_type in ("MatMul", "Gemm"):
+            rows_first = node.input[1] in turned or _attributes(node).get("transB", 0)
+            weight = weights.get(turned.get(node.input[1], node.input[1]))
+            if path := _computed_in_fp32(weight, rows_first, chosen):
+                found.add(path)
+                products |= set(node.output)
+                yield node.name
+        elif node.op_type == "Add" and products & set(node.input) and weights.keys() & set(node.input):
+            yield node.name
+    chosen.hold(found, "tensorrt")
+
+
+def _computed_in_fp32(weight: onnx.TensorProto | None, rows_first: bool, chosen: Chosen) -> str:
+    if weight is None or len(weight.dims) != 2 or weight.data_type != TensorProto.FLOAT:
+        return ""
+    array = numpy_helper.to_array(weight)
+    return chosen.computed_in_fp32(array if rows_first else array.T)
+
+
+def _turned_table(node: onnx.NodeProto, writer: _Writer) -> bool:
+    """An embedding table as the matrix of a head: the largest weight there is, and half as large in fp16."""
+    return node.op_type == "Transpose" and node.input[0] in writer.weights and writer.dtype(node.input[0]) in _FLOATS
 
 
 # --- rules: what to write instead of one node -------------------------------------------------------------------------

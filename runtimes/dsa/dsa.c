@@ -12,6 +12,7 @@
 #define MAX_STRIP 64  /* queries: four vectors of AVX-512 */
 #define MAX_STRIPS 16 /* of a query block: 128 rows by two vectors of NEON */
 #define MAX_BLOCK 128 /* keys */
+#define PANEL 8       /* query blocks that are scored together */
 
 static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
 static int32_t largest(int32_t a, int32_t b) { return a > b ? a : b; }
@@ -81,30 +82,54 @@ static void *take(arena *a, size_t bytes) {
 typedef struct {
     int32_t *idx, *cnt;    /* fused only */
     float *k_mean;         /* select: [batch][kv_heads][nK][dim] */
-    float *k_shift, *v_scale; /* i8: [batch][kv_heads][dim] each */
-    float *k_scale;        /* i8: [batch][kv_heads][nK] */
-    int8_t *k8, *v8;       /* i8: [batch][kv_heads][nK][block_k * dim] each */
-    int32_t *v_sum;         /* i8: [batch][kv_heads][nK][dim] */
+    char *packed;          /* i8: [places][packed_bytes] */
     float *k_copy, *v_copy; /* f32, optional: [batch][kv_heads][nK * block_k][dim] */
     char *thread;          /* [threads][thread_bytes] */
-    size_t thread_bytes, needed; /* bytes of one thread; of all but the copies */
+    size_t thread_bytes, packed_bytes, needed; /* of one thread; of one place; of all but the copies */
+    int32_t places, shared;                    /* shared: the first place that all threads see */
 } memory;
 
-/* Per thread, selecting: the projected key blocks of every head that shares a list, and one row. */
+/* i8: the keys and values of one (batch, kv head). */
 typedef struct {
-    float *zk; /* [heads of the list][rank][nK] */
-    float *mean, *zq, *z, *mass;
+    float *k_shift, *v_scale; /* [dim] each */
+    float *k_scale;           /* [nK] */
+    int8_t *k8, *v8;          /* [nK][block_k * dim] each */
+    int32_t *v_sum;           /* [nK][dim] */
+} packed;
+
+static packed packed_layout(arena *a, const dsa_config *c) {
+    packed p;
+    size_t n = (size_t)k_blocks(c), dim = (size_t)c->dim, bytes = n * (size_t)c->block_k * dim;
+    p.k_shift = take(a, 4 * dim);
+    p.v_scale = take(a, 4 * dim);
+    p.k_scale = take(a, 4 * n);
+    p.k8 = take(a, bytes);
+    p.v8 = take(a, bytes);
+    p.v_sum = take(a, 4 * n * dim);
+    return p;
+}
+
+static int32_t kv_pairs(const dsa_config *c) { return c->batch * c->kv_heads; }
+
+/* Per thread, selecting one list. */
+typedef struct {
+    float *zk, *zq; /* [heads of the list][rank][row_of_z], [heads of the list][nQ][rank] */
+    float *mean;    /* [nQ][dim] */
+    float *z, *mass; /* [PANEL][row_of_z] */
     int32_t *heap;
 } select_scratch;
 
+/* Scores of a query block: nK of them, rounded up to what is whole vectors everywhere. */
+static size_t row_of_z(const dsa_config *c) { return ((size_t)k_blocks(c) + 15) & ~(size_t)15; }
+
 static select_scratch select_layout(arena *a, const dsa_config *c) {
     select_scratch s;
-    size_t shared = (size_t)(c->q_heads / list_heads(c)), n = (size_t)k_blocks(c);
-    s.zk = take(a, 4 * shared * (size_t)c->rank * n);
-    s.mean = take(a, 4 * (size_t)c->dim);
-    s.zq = take(a, 4 * (size_t)c->rank);
-    s.z = take(a, 4 * n);
-    s.mass = take(a, 4 * n);
+    size_t shared = (size_t)(c->q_heads / list_heads(c)), rank = (size_t)c->rank, n = row_of_z(c);
+    s.zk = take(a, 4 * shared * rank * n);
+    s.zq = take(a, 4 * shared * rank * (size_t)q_blocks(c));
+    s.mean = take(a, 4 * (size_t)q_blocks(c) * (size_t)c->dim);
+    s.z = take(a, 4 * PANEL * n);
+    s.mass = take(a, 4 * PANEL * n);
     s.heap = take(a, 4 * n);
     return s;
 }
@@ -140,15 +165,15 @@ static memory layout(arena *a, const dsa_config *c, int32_t threads) {
     m.idx = take(a, 4 * lists * (size_t)dsa_kmax(c));
     m.cnt = take(a, 4 * lists);
     m.k_mean = take(a, 4 * kv * n * dim);
-    m.k_shift = take(a, i8 * 4 * kv * dim);
-    m.v_scale = take(a, i8 * 4 * kv * dim);
-    m.k_scale = take(a, i8 * 4 * kv * n);
-    m.k8 = take(a, i8 * kv * n * bk * dim);
-    m.v8 = take(a, i8 * kv * n * bk * dim);
-    m.v_sum = take(a, i8 * 4 * kv * n * dim);
-    arena one = {NULL, 0}, other = {NULL, 0};
+    arena one = {NULL, 0}, other = {NULL, 0}, third = {NULL, 0};
     select_layout(&one, c);
     attend_layout(&other, c);
+    packed_layout(&third, c);
+    /* A thread that does whole heads packs each where the last one was: the place stays near. */
+    m.shared = threads > 1 ? threads : 0;
+    m.places = least(kv_pairs(c), threads > 1 ? 2 * threads : 1);
+    m.packed_bytes = i8 * third.used;
+    m.packed = take(a, (size_t)m.places * m.packed_bytes);
     m.thread_bytes = one.used > other.used ? one.used : other.used;
     m.thread = take(a, (size_t)threads * m.thread_bytes);
     m.needed = a->used;
@@ -239,21 +264,18 @@ static int32_t candidates(const call *a, int32_t b, int32_t i, int32_t rows) {
 
 /* ---- Select. */
 
-static void mean_of(const dsa_kernel_set *set, const float *x, ptrdiff_t row, int32_t rows, int32_t dim, float *mean) {
-    set->sums(x, row, rows, dim, mean);
-    for (int32_t d = 0; d < dim; d++) mean[d] /= (float)rows;
+/* The means of the valid key blocks of one (batch, kv head), which go where all calls find them. */
+static dsa_pool keys_of(const call *a, int32_t b, int32_t g) {
+    const dsa_config *c = a->c;
+    float *mean = a->m.k_mean + (size_t)(b * c->kv_heads + g) * (size_t)k_blocks(c) * (size_t)c->dim;
+    return (dsa_pool){head_of(a->k, b, g), a->k.row, k_valid(a, b), c->block_k, mean};
 }
 
 static void pool_keys(void *arg, int32_t i, int32_t thread) {
     const call *a = arg;
-    const dsa_config *c = a->c;
-    int32_t b = i / c->kv_heads, rows = k_valid(a, b), n = blocks(rows, c->block_k);
-    float *mean = a->m.k_mean + (size_t)i * (size_t)k_blocks(c) * (size_t)c->dim;
-    const float *k = head_of(a->k, b, i % c->kv_heads);
+    dsa_pool keys = keys_of(a, i / a->c->kv_heads, i % a->c->kv_heads);
     (void)thread;
-    for (int32_t j = 0; j < n; j++)
-        mean_of(a->set, k + j * c->block_k * a->k.row, a->k.row, least(c->block_k, rows - j * c->block_k), c->dim,
-                mean + j * c->dim);
+    a->set->means(keys, (dsa_pool){0}, a->c->dim);
 }
 
 /* e^x for x <= 0, 0 below 2^-126. Portable arithmetic only: the same bits on every CPU. */
@@ -288,13 +310,9 @@ static void add_mass(float *z, int32_t n, float *mass) {
     for (int32_t j = 0; j < n; j++) mass[j] += z[j] / total;
 }
 
-static void score(const dsa_config *c, const dsa_scorer *s, int32_t h, const float *zq, const float *zk, int32_t at,
-                  int32_t n, float *z) {
+/* z[n] += what the distance from key block `at`, and being one of the first, are worth. */
+static void add_biases(const dsa_config *c, const dsa_scorer *s, int32_t h, int32_t at, int32_t n, float *z) {
     const float *dist = s->dist_bias + (size_t)h * (size_t)(2 * c->dist + 1);
-    size_t stride = (size_t)k_blocks(c);
-    for (int32_t j = 0; j < n; j++) z[j] = 0;
-    for (int32_t x = 0; x < c->rank; x++)
-        for (int32_t j = 0; j < n; j++) z[j] += zq[x] * zk[(size_t)x * stride + (size_t)j];
     for (int32_t j = 0; j < n; j++) z[j] += dist[largest(-c->dist, least(j - at, c->dist)) + c->dist];
     for (int32_t j = 0; j < least(n, c->sinks); j++) z[j] += s->sink_bias[(size_t)h * (size_t)c->sinks + (size_t)j];
 }
@@ -393,68 +411,98 @@ static row row_of(const dsa_config *c, int32_t i, int32_t rows, int32_t n, const
     return r;
 }
 
-/* mass[n]: this query block's probability over key blocks, averaged over the heads that share the list. */
-static void mass_of(const call *a, const select_scratch *s, int32_t b, int32_t list, int32_t i, int32_t rows,
-                    int32_t n) {
+/* The means of one query head's blocks, and with them those of its key blocks if nobody has them yet; both projected. */
+static void project(const call *a, const select_scratch *s, int32_t b, int32_t h, int32_t x, int with_keys) {
     const dsa_config *c = a->c;
-    int32_t shared = c->q_heads / list_heads(c), at = (c->q_offset + i * c->block_q) / c->block_k;
-    for (int32_t j = 0; j < n; j++) s->mass[j] = 0;
-    for (int32_t x = 0; x < shared; x++) {
-        int32_t h = list * shared + x;
-        const float *q = head_of(a->q, b, h) + (ptrdiff_t)i * c->block_q * a->q.row;
-        mean_of(a->set, q, a->q.row, rows, c->dim, s->mean);
-        a->set->project(s->mean, 1, a->scorer->wq + (size_t)h * (size_t)(c->dim * c->rank), c->dim, c->rank, s->zq, 1);
-        score(c, a->scorer, h, s->zq, s->zk + (size_t)x * (size_t)c->rank * (size_t)k_blocks(c), at, n, s->z);
-        add_mass(s->z, n, s->mass);
-    }
-    if (shared > 1)
-        for (int32_t j = 0; j < n; j++) s->mass[j] /= (float)shared;
+    size_t stride = row_of_z(c), dim = (size_t)c->dim, rank = (size_t)c->rank;
+    dsa_pool q = {head_of(a->q, b, h), a->q.row, q_valid(a, b), c->block_q, s->mean};
+    dsa_pool k = keys_of(a, b, h / (c->q_heads / c->kv_heads));
+    a->set->means(q, with_keys ? k : (dsa_pool){0}, c->dim);
+    dsa_product p = {.rows = blocks(q.rows, c->block_q), .depth = c->dim, .columns = c->rank, .w_row = c->rank};
+    p.a = q.mean, p.w = a->scorer->wq + (size_t)h * dim * rank;
+    p.out = s->zq + (size_t)x * rank * (size_t)q_blocks(c), p.out_row = c->rank, p.out_column = 1;
+    a->set->product(&p);
+    p.rows = blocks(k.rows, c->block_k), p.a = k.mean, p.w = a->scorer->wk + (size_t)h * dim * rank;
+    p.out = s->zk + (size_t)x * rank * stride, p.out_row = 1, p.out_column = (ptrdiff_t)stride;
+    a->set->product(&p);
+    for (size_t r = 0; r < rank; r++) /* what lies beyond is scored too, and never looked at */
+        for (size_t j = (size_t)p.rows; j < stride; j++) p.out[r * stride + j] = 0;
 }
 
-static void project_keys(const call *a, const select_scratch *s, int32_t b, int32_t list) {
+/* Some query blocks of a batch row: their scores in head h, the x-th of its list, without biases. */
+typedef struct {
+    int32_t b, first, live; /* live: have valid rows */
+} panel;
+
+static void score(const call *a, const select_scratch *s, const panel *p, int32_t x) {
     const dsa_config *c = a->c;
-    int32_t shared = c->q_heads / list_heads(c), n = blocks(k_valid(a, b), c->block_k);
-    size_t stride = (size_t)k_blocks(c), dim = (size_t)c->dim, rank = (size_t)c->rank;
+    size_t rank = (size_t)c->rank, n = row_of_z(c);
+    const float *zq = s->zq + ((size_t)x * (size_t)q_blocks(c) + (size_t)p->first) * rank;
+    dsa_product all = {p->live, c->rank, (int32_t)n, zq, s->zk + (size_t)x * rank * n, (ptrdiff_t)n, s->z, (ptrdiff_t)n, 1};
+    a->set->product(&all);
+}
+
+/* How many rows of query block i are valid. */
+static int32_t rows_of(const call *a, int32_t b, int32_t i) {
+    return least(a->c->block_q, q_valid(a, b) - i * a->c->block_q);
+}
+
+/* mass: each query block's probability over key blocks, averaged over the heads that share the list. */
+static void mass_of(const call *a, const select_scratch *s, const panel *p, int32_t list) {
+    const dsa_config *c = a->c;
+    int32_t shared = c->q_heads / list_heads(c);
+    size_t stride = row_of_z(c), all = (size_t)p->live * stride;
+    for (size_t j = 0; j < all; j++) s->mass[j] = 0;
     for (int32_t x = 0; x < shared; x++) {
-        int32_t h = list * shared + x, g = h / (c->q_heads / c->kv_heads);
-        a->set->project(a->m.k_mean + (size_t)(b * c->kv_heads + g) * stride * dim, n,
-                        a->scorer->wk + (size_t)h * dim * rank, c->dim, c->rank, s->zk + (size_t)x * rank * stride,
-                        (ptrdiff_t)stride);
+        score(a, s, p, x);
+        for (int32_t y = 0; y < p->live; y++) {
+            int32_t i = p->first + y, n = candidates(a, p->b, i, rows_of(a, p->b, i));
+            float *z = s->z + (size_t)y * stride;
+            add_biases(c, a->scorer, list * shared + x, (c->q_offset + i * c->block_q) / c->block_k, n, z);
+            add_mass(z, n, s->mass + (size_t)y * stride);
+        }
     }
+    for (size_t j = 0; j < all && shared > 1; j++) s->mass[j] /= (float)shared;
 }
 
 /* Every candidate is kept whatever the mass: nothing to score. */
 static int is_dense(const dsa_config *c) { return c->k_rows <= c->dense_below && dsa_kmax(c) == k_blocks(c); }
 
-static void select_list(void *arg, int32_t at, int32_t thread) {
-    const call *a = arg;
+static void select_panel(const call *a, const select_scratch *s, int32_t b, int32_t list, int32_t first) {
     const dsa_config *c = a->c;
-    int32_t b = at / list_heads(c), list = at % list_heads(c), nq = q_blocks(c), kmax = dsa_kmax(c);
-    arena place = {a->m.thread + (size_t)thread * a->m.thread_bytes, 0};
-    select_scratch s = select_layout(&place, c);
-    if (!is_dense(c)) project_keys(a, &s, b, list);
-    for (int32_t i = 0; i < nq; i++) {
-        int32_t rows = least(c->block_q, q_valid(a, b) - i * c->block_q), n = candidates(a, b, i, rows), kept = 0;
-        int32_t *idx = a->idx + ((size_t)at * (size_t)nq + (size_t)i) * (size_t)kmax;
-        if (n > 0) {
-            if (!is_dense(c)) mass_of(a, &s, b, list, i, rows, n);
-            row r = row_of(c, i, rows, n, s.mass);
-            kept = choose(c, &r, a->scorer->theta[list], s.heap, idx);
-        }
-        a->cnt[(size_t)at * (size_t)nq + (size_t)i] = kept;
+    int32_t kmax = dsa_kmax(c), count = least(PANEL, q_blocks(c) - first);
+    int32_t live = largest(0, least(count, blocks(q_valid(a, b), c->block_q) - first));
+    size_t at = (size_t)(b * list_heads(c) + list) * (size_t)q_blocks(c) + (size_t)first;
+    panel p = {b, first, live};
+    if (live && !is_dense(c)) mass_of(a, s, &p, list);
+    for (int32_t y = 0; y < count; y++, at++) {
+        int32_t rows = rows_of(a, b, first + y), n = candidates(a, b, first + y, rows);
+        int32_t *idx = a->idx + at * (size_t)kmax;
+        row r = row_of(c, first + y, rows, n, s->mass + (size_t)y * row_of_z(c));
+        int32_t kept = n > 0 ? choose(c, &r, a->scorer->theta[list], s->heap, idx) : 0;
+        a->cnt[at] = kept;
         for (int32_t j = kept; j < kmax; j++) idx[j] = -1;
     }
 }
+
+static void select_some(const call *a, int32_t at, int32_t thread, int with_keys) {
+    const dsa_config *c = a->c;
+    int32_t b = at / list_heads(c), list = at % list_heads(c), shared = c->q_heads / list_heads(c);
+    arena place = {a->m.thread + (size_t)thread * a->m.thread_bytes, 0};
+    select_scratch s = select_layout(&place, c);
+    for (int32_t x = 0; x < shared && !is_dense(c); x++) project(a, &s, b, list * shared + x, x, with_keys && !x);
+    for (int32_t i = 0; i < q_blocks(c); i += PANEL) select_panel(a, &s, b, list, i);
+}
+
+/* One list, its keys pooled. */
+static void select_list(void *arg, int32_t at, int32_t thread) { select_some(arg, at, thread, 0); }
 
 /* All lists of one (batch, kv head). */
 static void select_head(void *arg, int32_t i, int32_t thread) {
     const call *a = arg;
     int32_t lists = list_heads(a->c) / a->c->kv_heads;
-    if (!is_dense(a->c)) pool_keys(arg, i, thread);
-    for (int32_t x = 0; x < lists; x++) select_list(arg, i * lists + x, thread);
+    for (int32_t x = 0; x < lists; x++) select_some(a, i * lists + x, thread, x == 0);
 }
-
-static int32_t kv_pairs(const dsa_config *c) { return c->batch * c->kv_heads; }
 
 static void select_all(const call *a, const dsa_parallel *p) {
     const dsa_config *c = a->c;
@@ -480,16 +528,23 @@ static void mean_of_means(const call *a, int32_t kv, float *shift) {
     }
 }
 
+/* Where this thread finds a head packed; or packs it. */
+static packed packed_of(const call *a, int32_t kv, int32_t thread) {
+    int32_t place = a->m.places == kv_pairs(a->c) ? kv : kv < a->whole ? thread : a->m.shared + kv - a->whole;
+    arena at = {a->m.packed + (size_t)place * a->m.packed_bytes, 0};
+    return packed_layout(&at, a->c);
+}
+
 /* i8: the mean of K and the scale of V per channel, over the valid tokens of one (batch, kv head). */
 static void measure_kv(void *arg, int32_t i, int32_t thread) {
     const call *a = arg;
     const dsa_config *c = a->c;
-    int32_t b = i / c->kv_heads, g = i % c->kv_heads, rows = k_valid(a, b);
-    float *shift = a->m.k_shift + (size_t)i * (size_t)c->dim, *scale = a->m.v_scale + (size_t)i * (size_t)c->dim;
+    int32_t b = i / c->kv_heads, g = i % c->kv_heads;
+    packed p = packed_of(a, i, thread);
     if (!a->pooled) pool_keys(arg, i, thread);
-    mean_of_means(a, i, shift);
-    a->set->peaks(head_of(a->v, b, g), a->v.row, rows, c->dim, scale);
-    for (int32_t d = 0; d < c->dim; d++) scale[d] = (scale[d] > 1e-30f ? scale[d] : 1e-30f) / 127;
+    mean_of_means(a, i, p.k_shift);
+    a->set->peaks(head_of(a->v, b, g), a->v.row, k_valid(a, b), c->dim, p.v_scale);
+    for (int32_t d = 0; d < c->dim; d++) p.v_scale[d] = (p.v_scale[d] > 1e-30f ? p.v_scale[d] : 1e-30f) / 127;
 }
 
 static void pack_block(void *arg, int32_t i, int32_t thread) {
@@ -497,37 +552,39 @@ static void pack_block(void *arg, int32_t i, int32_t thread) {
     const dsa_config *c = a->c;
     int32_t n = k_blocks(c), kv = i / n, j = i % n, b = kv / c->kv_heads, g = kv % c->kv_heads;
     int32_t keys = least(c->block_k, k_valid(a, b) - j * c->block_k);
-    size_t at = (size_t)i, dim = (size_t)c->dim, bytes = (size_t)c->block_k * dim;
-    (void)thread;
+    size_t at = (size_t)j, dim = (size_t)c->dim, bytes = (size_t)c->block_k * dim;
+    packed p = packed_of(a, kv, thread);
     if (keys <= 0) return;
-    a->set->pack_k(head_of(a->k, b, g) + (ptrdiff_t)j * c->block_k * a->k.row, a->k.row, keys, c->dim,
-                   a->m.k_shift + (size_t)kv * dim, a->m.k8 + at * bytes, a->m.k_scale + at);
-    a->set->pack_v(head_of(a->v, b, g) + (ptrdiff_t)j * c->block_k * a->v.row, a->v.row, keys, c->dim,
-                   a->m.v_scale + (size_t)kv * dim, a->m.v8 + at * bytes, a->m.v_sum + at * dim);
+    a->set->pack_k(head_of(a->k, b, g) + (ptrdiff_t)j * c->block_k * a->k.row, a->k.row, keys, c->dim, p.k_shift,
+                   p.k8 + at * bytes, p.k_scale + at);
+    a->set->pack_v(head_of(a->v, b, g) + (ptrdiff_t)j * c->block_k * a->v.row, a->v.row, keys, c->dim, p.v_scale,
+                   p.v8 + at * bytes, p.v_sum + at * dim);
 }
+
+/* One query block against its list. */
+typedef struct {
+    int32_t b, h, g, first, rows; /* g: kv head; first: absolute position */
+    const int32_t *idx;           /* NULL: the first `kept` blocks */
+    int32_t kept;
+    const float *q;
+    float *out;
+    packed kv;                             /* i8 */
+    const float *next_q, *next_k, *next_v; /* i8: as many rows of the head this thread does next; NULL: none */
+} query_block;
+
+static int32_t listed(const query_block *w, int32_t x) { return w->idx ? w->idx[x] : x; }
 
 /* Points the strip at key block j. */
-static void take_block(const call *a, dsa_strip *t, int32_t b, int32_t g, int32_t j) {
+static void take_block(const call *a, const query_block *w, dsa_strip *t, int32_t j) {
     const dsa_config *c = a->c;
-    size_t dim = (size_t)c->dim, at = (size_t)(b * c->kv_heads + g) * (size_t)k_blocks(c) + (size_t)j;
-    t->k = head_of(a->k, b, g) + (ptrdiff_t)j * c->block_k * a->k.row;
-    t->v = head_of(a->v, b, g) + (ptrdiff_t)j * c->block_k * a->v.row;
+    size_t dim = (size_t)c->dim, at = (size_t)j;
+    t->k = head_of(a->k, w->b, w->g) + (ptrdiff_t)j * c->block_k * a->k.row;
+    t->v = head_of(a->v, w->b, w->g) + (ptrdiff_t)j * c->block_k * a->v.row;
     if (c->compute != DSA_I8) return;
-    t->k8 = a->m.k8 + at * (size_t)c->block_k * dim;
-    t->v8 = a->m.v8 + at * (size_t)c->block_k * dim;
-    t->v_sum = a->m.v_sum + at * dim;
-    t->k_scale = a->m.k_scale[at];
-}
-
-/* A causal block that crosses the strip's diagonal: hides key i from the queries before it, finds the maxima again. */
-static void hide_future(const dsa_strip *t, int32_t strip, int32_t first_key, int32_t first_query) {
-    for (int32_t r = 0; r < t->lanes; r++) {
-        int32_t seen = largest(0, least(t->keys, first_query + r - first_key + 1));
-        t->high[r] = -1e30f;
-        for (int32_t i = 0; i < seen; i++)
-            if (t->s[i * strip + r] > t->high[r]) t->high[r] = t->s[i * strip + r];
-        for (int32_t i = seen; i < t->keys; i++) t->s[i * strip + r] = NONE;
-    }
+    t->k8 = w->kv.k8 + at * (size_t)c->block_k * dim;
+    t->v8 = w->kv.v8 + at * (size_t)c->block_k * dim;
+    t->v_sum = w->kv.v_sum + at * dim;
+    t->k_scale = w->kv.k_scale[at];
 }
 
 /* Adds what each key's distance from each query is worth; in log2, as the logits are. Out of line, so that calls without
@@ -548,10 +605,11 @@ static void weigh(const call *a, dsa_strip *t, int32_t h, int32_t keys, int32_t 
     int i8 = c->compute == DSA_I8;
     int32_t seen = c->causal ? least(keys, first_query + t->rows - first_key) : keys;
     t->keys = seen <= 0 ? 0 : i8 ? keys : seen; /* i8: v_sum is of the whole block */
+    t->past = c->causal ? least(first_query - first_key + 1, NO_FUTURE) : NO_FUTURE;
     if (!t->keys) return;
     (i8 ? a->set->qk8 : a->set->qk)(t);
     if (c->position_bias) shift_by_position(a, t, h, first_key, first_query);
-    if (c->causal && first_key + t->keys - 1 > first_query) hide_future(t, a->set->strip, first_key, first_query);
+    if (t->past < t->keys) a->set->hide(t);
     (i8 ? a->set->softmax8 : a->set->softmax)(t);
 }
 
@@ -590,45 +648,89 @@ static void zero_rows(float *out, ptrdiff_t row, int32_t from, int32_t to, int32
         for (int32_t d = 0; d < dim; d++) out[r * row + d] = 0;
 }
 
-/* One query block against its list. `kept` blocks of idx, or the first `kept` blocks if idx is NULL. */
-static void attend_rows(const call *a, const attend_scratch *s, int32_t b, int32_t h, int32_t first, int32_t rows,
-                        const float *q, const int32_t *idx, int32_t kept, float *out) {
+/* What the strip's loops ask for while the x-th block is attended: K and V by the first query block of a head (if they
+ * are selected, K is near already), the place of the output, the next queries, which often are those of the next head. */
+static void look_ahead(const call *a, const query_block *w, int32_t y, int32_t x, dsa_strip *t) {
     const dsa_config *c = a->c;
-    int32_t strip = a->set->strip, n = 0, g = h / (c->q_heads / c->kv_heads);
-    const float *channel = c->compute == DSA_I8 ? a->m.v_scale + (size_t)(b * c->kv_heads + g) * (size_t)c->dim : NULL;
-    void (*pv)(const dsa_strip *) = c->compute == DSA_I8 ? a->set->pv8 : a->set->pv;
+    int first = w->first == c->q_offset, last = x + 1 == w->kept;
+    ptrdiff_t from = y * a->set->strip, out_row = a->out_strides[2];
+    const float *k = head_of(a->k, w->b, w->g);
+    dsa_rows out = {w->out + from * out_row, out_row, 0, 0}, none = {0};
+    t->by_qk = y ? none : first ? (dsa_rows){t->v, a->v.row, 0, 0} : x ? none : out;
+    if (last)
+        t->by_pv = (dsa_rows){w->q + (c->block_q + from) * a->q.row, a->q.row, 0, 0};
+    else if (first && !a->pooled)
+        t->by_pv = (dsa_rows){k + ((ptrdiff_t)listed(w, x + 1) * c->block_k + from) * a->k.row, a->k.row, 0, 0};
+    else
+        t->by_pv = first && !x ? out : none;
+}
+
+/* int8: K and V are near in another form; those of the next head are read while there is time. Tiles are done before
+ * many lines have come, so each asks for a quarter of its rows. */
+static void look_ahead8(const call *a, const query_block *w, int32_t y, int32_t x, dsa_strip *t) {
+    ptrdiff_t from = y * a->set->strip, out_row = a->out_strides[2];
+    const float *q = a->pooled ? w->next_q : w->q + a->c->block_q * a->q.row;
+    dsa_rows none = {0};
+    t->by_qk = t->by_pv = none;
+    if (x >= 8) return;
+    if (!y) t->by_qk = x < 4 ? (dsa_rows){w->out, out_row, 3, x & 3} : (dsa_rows){w->next_v, a->v.row, 3, x & 3};
+    t->by_pv = x < 4 ? (dsa_rows){q, a->q.row, 3, x & 3} : (dsa_rows){w->next_k, a->k.row, 3, x & 3};
+    if (t->by_pv.x) t->by_pv.x += from * t->by_pv.row;
+}
+
+static void attend_rows(const call *a, const attend_scratch *s, const query_block *w) {
+    const dsa_config *c = a->c;
+    int32_t strip = a->set->strip, n = 0, i8 = c->compute == DSA_I8;
+    void (*pv)(const dsa_strip *) = i8 ? a->set->pv8 : a->set->pv;
+    void (*ahead)(const call *, const query_block *, int32_t, int32_t, dsa_strip *) = i8 ? look_ahead8 : look_ahead;
     dsa_strip strips[MAX_STRIPS];
-    for (int32_t from = 0; from < rows; from += strip) {
-        strips[n] = strip_at(a, s, from, rows);
-        start(a, &strips[n++], q + from * a->q.row);
+    for (int32_t from = 0; from < w->rows; from += strip) {
+        strips[n] = strip_at(a, s, from, w->rows);
+        start(a, &strips[n++], w->q + from * a->q.row);
     }
-    for (int32_t x = 0; x < kept; x++) {
-        int32_t j = idx ? idx[x] : x, at = j * c->block_k, keys = least(c->block_k, k_valid(a, b) - at);
+    for (int32_t x = 0; x < w->kept; x++) {
+        int32_t j = listed(w, x), at = j * c->block_k, keys = least(c->block_k, k_valid(a, w->b) - at);
         for (int32_t y = 0; y < n; y++) {
-            take_block(a, &strips[y], b, g, j);
-            weigh(a, &strips[y], h, keys, at, first + y * strip);
+            take_block(a, w, &strips[y], j);
+            ahead(a, w, y, x, &strips[y]);
+            weigh(a, &strips[y], w->h, keys, at, w->first + y * strip);
         }
         /* All strips again, so that K and then V stay in the first-level cache (32 KB hold one of them, not both). */
         for (int32_t y = 0; y < n; y++)
             if (strips[y].keys) pv(&strips[y]);
     }
     for (int32_t y = 0; y < n; y++)
-        a->set->store(&strips[y], channel, out + y * strip * a->out_strides[2], a->out_strides[2]);
+        a->set->store(&strips[y], i8 ? w->kv.v_scale : NULL, w->out + y * strip * a->out_strides[2], a->out_strides[2]);
+}
+
+/* i8: what belongs to query block i. */
+static void find_packed(const call *a, query_block *w, int32_t i, int32_t thread) {
+    const dsa_config *c = a->c;
+    int32_t kv = w->b * c->kv_heads + w->g, next = kv + largest(a->m.shared, 1), b = next / c->kv_heads;
+    int32_t g = next % c->kv_heads, group = c->q_heads / c->kv_heads;
+    w->kv = packed_of(a, kv, thread);
+    if (next >= a->whole || i >= k_blocks(c)) return;
+    w->next_q = head_of(a->q, b, g * group + w->h % group) + (ptrdiff_t)i * c->block_q * a->q.row;
+    w->next_k = head_of(a->k, b, g) + (ptrdiff_t)i * c->block_k * a->k.row;
+    w->next_v = head_of(a->v, b, g) + (ptrdiff_t)i * c->block_k * a->v.row;
 }
 
 static void attend_block(void *arg, int32_t at, int32_t thread) {
     const call *a = arg;
     const dsa_config *c = a->c;
     int32_t nq = q_blocks(c), i = at % nq, h = at / nq % c->q_heads, b = at / nq / c->q_heads, from = i * c->block_q;
-    int32_t full = least(c->block_q, c->q_rows - from), rows = largest(0, least(full, q_valid(a, b) - from));
+    int32_t full = least(c->block_q, c->q_rows - from), rows = largest(0, rows_of(a, b, i));
     size_t list = (size_t)(b * list_heads(c) + h / (c->q_heads / list_heads(c))) * (size_t)nq + (size_t)i;
-    const int32_t *idx = a->kept_idx ? a->kept_idx + list * (size_t)dsa_kmax(c) : NULL;
-    int32_t kept = idx ? a->kept_cnt[list] : candidates(a, b, i, rows);
-    float *out = a->out + b * a->out_strides[0] + h * a->out_strides[1] + from * a->out_strides[2];
+    query_block w = {.b = b, .h = h, .g = h / (c->q_heads / c->kv_heads), .first = c->q_offset + from, .rows = rows};
+    if (c->compute == DSA_I8) find_packed(a, &w, i, thread);
+    w.idx = a->kept_idx ? a->kept_idx + list * (size_t)dsa_kmax(c) : NULL;
+    w.kept = w.idx ? a->kept_cnt[list] : candidates(a, b, i, rows);
+    w.q = head_of(a->q, b, h) + from * a->q.row;
+    w.out = a->out + b * a->out_strides[0] + h * a->out_strides[1] + from * a->out_strides[2];
     arena place = {a->m.thread + (size_t)thread * a->m.thread_bytes, 0};
     attend_scratch s = attend_layout(&place, c);
-    attend_rows(a, &s, b, h, c->q_offset + from, rows, head_of(a->q, b, h) + from * a->q.row, idx, kept, out);
-    zero_rows(out, a->out_strides[2], rows, full, c->dim);
+    attend_rows(a, &s, &w);
+    zero_rows(w.out, a->out_strides[2], rows, full, c->dim);
 }
 
 static void copy_rows(const float *from, ptrdiff_t row, int32_t rows, int32_t dim, float *to) {
@@ -750,7 +852,7 @@ static void count(const call *a, int64_t *kept) {
     for (int32_t x = 0; x < c->batch * lists * nq; x++) {
         int32_t b = x / nq / lists, i = x % nq;
         kept[0] += a->cnt[x];
-        kept[1] += candidates(a, b, i, least(c->block_q, q_valid(a, b) - i * c->block_q));
+        kept[1] += candidates(a, b, i, rows_of(a, b, i));
     }
 }
 

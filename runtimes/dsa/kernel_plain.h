@@ -12,14 +12,13 @@ static void store_rows(const dsa_strip *t, const float *channel, float *out, ptr
     }
 }
 
-/* The columns of `project` from x on. */
-static void project_columns(const float *mean, int rows, const float *w, int dim, int rank, int x, float *out,
-                            ptrdiff_t stride) {
+/* The columns of a product from x on. */
+static void product_columns(const dsa_product *p, int x) {
 #pragma STDC FP_CONTRACT OFF
-    for (; x < rank; x++)
-        for (int i = 0; i < rows; i++) {
+    for (; x < p->columns; x++)
+        for (int i = 0; i < p->rows; i++) {
             float sum = 0;
-            for (int d = 0; d < dim; d++) sum += mean[i * dim + d] * w[d * rank + x];
-            out[x * stride + i] = sum;
+            for (int d = 0; d < p->depth; d++) sum += p->a[i * p->depth + d] * p->w[d * p->w_row + x];
+            p->out[i * p->out_row + x * p->out_column] = sum;
         }
 }

@@ -59,6 +59,11 @@ static void shift(const dsa_strip *t, const float *by) {
         for (int r = 0; r < t->lanes; r++) raise(t, key, r, t->s[key * STRIP + r] + by[t->keys - 1 - key + r]);
 }
 
+static void hide(const dsa_strip *t) {
+    for (int key = 0; key < t->keys; key++)
+        for (int r = 0; r < t->lanes; r++) raise(t, key, r, key < t->past + r ? t->s[key * STRIP + r] : -__builtin_inff());
+}
+
 static void softmax(const dsa_strip *t) {
     for (int r = 0; r < t->lanes; r++) {
         float top = t->high[r] > t->top[r] ? t->high[r] : t->top[r], sum = 0;
@@ -78,15 +83,22 @@ static void pv(const dsa_strip *t) {
         }
 }
 
-static void sums(const float *x, ptrdiff_t row, int rows, int dim, float *sum) {
-    for (int d = 0; d < dim; d++) sum[d] = 0;
-    for (int r = 0; r < rows; r++)
-        for (int d = 0; d < dim; d++) sum[d] += x[r * row + d];
+static void means_of(dsa_pool p, int dim) {
+    for (; p.rows > 0; p.rows -= p.block, p.x += p.block * p.row, p.mean += dim) {
+        int n = p.rows < p.block ? p.rows : p.block;
+        for (int d = 0; d < dim; d++) p.mean[d] = 0;
+        for (int r = 0; r < n; r++)
+            for (int d = 0; d < dim; d++) p.mean[d] += p.x[r * p.row + d];
+        for (int d = 0; d < dim; d++) p.mean[d] /= (float)n;
+    }
 }
 
-static void project(const float *mean, int rows, const float *w, int dim, int rank, float *out, ptrdiff_t stride) {
-    project_columns(mean, rows, w, dim, rank, 0, out, stride);
+static void means(dsa_pool one, dsa_pool other, int dim) {
+    means_of(one, dim);
+    means_of(other, dim);
 }
+
+static void product(const dsa_product *p) { product_columns(p, 0); }
 
 static float larger(float most, float x) {
     x = x < 0 ? -x : x;
@@ -170,5 +182,6 @@ static void pv8(const dsa_strip *t) {
         }
 }
 
-const dsa_kernel_set dsa_kernels_scalar = {"scalar", WIDTH, STRIP, load_q, qk,    softmax, pv,    store_rows, load8,
-                                           qk8,      softmax8, pv8, shift, sums,    peaks, project,    pack_k, pack_v};
+const dsa_kernel_set dsa_kernels_scalar = {"scalar", WIDTH, STRIP, load_q, qk,   softmax, pv,      store_rows, load8,
+                                           qk8,      softmax8, pv8, shift, hide, means,   product, peaks,      pack_k,
+                                           pack_v};

@@ -11,14 +11,15 @@
 #define STRIP (VECTORS * WIDTH)
 #define INLINE static inline __attribute__((always_inline))
 #define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++) /* unrolled: tiles must stay in registers */
-/* f(.., at, vectors) for n lanes or columns, in as many vectors at a time as there are. */
-#define IN_VECTORS(n, f, ...)                                                                               \
+/* f(.., at, vectors) for n lanes or columns, in as many vectors at a time as there are, at most `most` (4 or 2). */
+#define IN_GROUPS(n, most, f, ...)                                                                          \
     do {                                                                                                    \
         int at = 0;                                                                                         \
-        for (; at + STRIP <= (n); at += STRIP) f(__VA_ARGS__, at, VECTORS);                                 \
+        for (; at + (most) * WIDTH <= (n); at += (most) * WIDTH) f(__VA_ARGS__, at, most);                  \
         for (; at + 2 * WIDTH <= (n); at += 2 * WIDTH) f(__VA_ARGS__, at, 2);                               \
         for (; at < (n); at += WIDTH) f(__VA_ARGS__, at, 1);                                                \
     } while (0)
+#define IN_VECTORS(n, f, ...) IN_GROUPS(n, VECTORS, f, __VA_ARGS__)
 /* f(.., first, rows) for n rows, in tiles of so many. */
 #define IN_TILES(n, vectors, f, ...)                                                                        \
     do {                                                                                                    \
@@ -89,10 +90,22 @@ static void load_q(const dsa_strip *t, const float *q, ptrdiff_t row, float scal
         for (int d = 0; d < t->dim; d++) t->q[d * STRIP + r] = r < t->rows ? q[r * row + d] * scale : 0;
 }
 
+/* A few rows per tile: asked for all at once they would only queue up. Out of line, away from the tiles' registers. */
+static __attribute__((noinline)) void ask(dsa_rows soon, int dim, int first, int rows) {
+    for (int i = first; i < first + rows; i++)
+        for (int d = 0; d < dim && (i & soon.mask) == soon.part; d += 16)
+            __builtin_prefetch(soon.x + i * soon.row + d, 0, 2);
+}
+
+INLINE void ask_rows(dsa_rows soon, int dim, int first, int rows) {
+    if (__builtin_expect(soon.x != NULL, 0)) ask(soon, dim, first, rows);
+}
+
 /* s[first + i][at + ..] for `rows` keys; high is raised while the tile is in registers. */
 INLINE void qk_tile(const dsa_strip *t, int at, const int vectors, vec *high, int first, const int rows) {
     vec sum[MOST_ROWS][VECTORS];
     const float *k = t->k + first * t->k_row;
+    ask_rows(t->by_qk, t->dim, first, rows);
     EACH(i, rows)
         EACH(j, vectors) sum[i][j] = vset(0.0f);
     for (int d = 0; d < t->dim; d += 4) {
@@ -112,14 +125,30 @@ INLINE void qk_tile(const dsa_strip *t, int at, const int vectors, vec *high, in
         }
 }
 
+/* How many keys the queries before `end` need: those one of them sees, and what their last tile of P V reads. */
+INLINE int keys_before(const dsa_strip *t, int end) {
+    const int needed = t->past + end + MOST_ROWS;
+    return needed < 0 ? 0 : needed < t->keys ? needed : t->keys;
+}
+
+/* Where there is a future, fewer lanes at a time leave more of it out. */
+#define IN_LANES(t, f, ...)                                             \
+    do {                                                                \
+        if ((t)->past < (t)->keys)                                      \
+            IN_GROUPS((t)->lanes, 2, f, __VA_ARGS__);                   \
+        else                                                            \
+            IN_VECTORS((t)->lanes, f, __VA_ARGS__);                     \
+    } while (0)
+
 INLINE void qk_lanes(const dsa_strip *t, int at, const int vectors) {
+    const int keys = keys_before(t, at + vectors * WIDTH);
     vec high[VECTORS];
     EACH(j, vectors) high[j] = vset(-1e30f);
-    IN_TILES(t->keys, vectors, qk_tile, t, at, vectors, high);
+    IN_TILES(keys, vectors, qk_tile, t, at, vectors, high);
     EACH(j, vectors) vstore(t->high + at + j * WIDTH, high[j]);
 }
 
-static void qk(const dsa_strip *t) { IN_VECTORS(t->lanes, qk_lanes, t); }
+static void qk(const dsa_strip *t) { IN_LANES(t, qk_lanes, t); }
 
 static void shift(const dsa_strip *t, const float *by) {
     for (int at = 0; at < t->lanes; at += WIDTH) {
@@ -133,11 +162,33 @@ static void shift(const dsa_strip *t, const float *by) {
     }
 }
 
+/* 16 lanes that do not see a key, then 16 that do. */
+static const int32_t edge[32] = {[16 ... 31] = -1};
+
+static void hide(const dsa_strip *t) {
+    const ivec none = as_int(vset(-__builtin_inff()));
+    for (int at = 0; at < t->lanes; at += WIDTH) {
+        vec high = vset(-1e30f);
+        for (int i = 0; i < t->keys; i++) {
+            const int hidden = i - t->past - at + 1; /* of these lanes, from the first one on */
+            vec s = vload(t->s + i * STRIP + at);
+            if (hidden > 0) {
+                ivec seen = hidden < WIDTH ? iload(edge + 16 - hidden) : iset(0);
+                s = (vec)((as_int(s) & seen) | (none & ~seen));
+                vstore(t->s + i * STRIP + at, s);
+            }
+            high = vmax(s, high);
+        }
+        vstore(t->high + at, high);
+    }
+}
+
 static void softmax(const dsa_strip *t) {
     for (int at = 0; at < t->lanes; at += WIDTH) {
+        const int keys = keys_before(t, at + WIDTH);
         vec old = vload(t->top + at), top = vmax(vload(t->high + at), old), sum = vset(0.0f);
         vec alpha = exp2_fine(vsub(old, top));
-        for (int i = 0; i < t->keys; i++) {
+        for (int i = 0; i < keys; i++) {
             vec p = exp2_fine(vsub(vload(t->s + i * STRIP + at), top));
             vstore(t->s + i * STRIP + at, p);
             sum = vadd(sum, p);
@@ -152,10 +203,12 @@ INLINE void pv_tile(const dsa_strip *t, int column, const int vectors, int first
     vec sum[MOST_ROWS][VECTORS];
     float *o = t->o + first * t->dim + column;
     const float *p = t->s + first, *v = t->v + column;
+    const int keys = keys_before(t, first + rows - MOST_ROWS);
+    ask_rows(t->by_pv, t->dim, first, rows);
     EACH(i, rows)
         EACH(j, vectors)
             sum[i][j] = vmul(vload(o + i * t->dim + j * WIDTH), vset(t->alpha[first + i]));
-    for (int key = 0; key < t->keys; key++) {
+    for (int key = 0; key < keys; key++) {
         vec b[VECTORS];
         lanes a[(MOST_ROWS + 3) / 4];
         EACH(j, vectors) b[j] = vload(v + key * t->v_row + j * WIDTH);
@@ -173,24 +226,43 @@ INLINE void pv_columns(const dsa_strip *t, int column, const int vectors) {
 
 static void pv(const dsa_strip *t) { IN_VECTORS(t->dim, pv_columns, t); }
 
-/* These two are the first to touch K, V and, selecting, Q: they ask for rows before they need them. */
+/* Means and peaks are the first to touch K, V and, selecting, Q: they ask for rows before they need them. */
 #define AHEAD 8
 #define ask_for(x, j) (j * WIDTH % 16 == 0 ? __builtin_prefetch((x) + j * WIDTH, 0, 2) : (void)0)
 
-INLINE void column_sums(const float *x, ptrdiff_t row, int rows, const int vectors, float *sum) {
-    vec total[4];
-    EACH(j, vectors) total[j] = vset(0.0f);
-    for (int r = 0; r < rows; r++) {
-        EACH(j, vectors) ask_for(x + (r + AHEAD) * row, j);
-        EACH(j, vectors) total[j] = vadd(total[j], vload(x + r * row + j * WIDTH));
-    }
-    EACH(j, vectors) vstore(sum + j * WIDTH, total[j]);
+/* The first `rows` rows of one or two. */
+INLINE void first_means(const dsa_pool *p, const int pools, int rows, int column, const int vectors) {
+    vec total[2][4];
+    EACH(i, pools)
+        EACH(j, vectors) total[i][j] = vset(0.0f);
+    for (int r = 0; r < rows; r++)
+        EACH(i, pools) {
+            const float *x = p[i].x + r * p[i].row + column;
+            EACH(j, vectors) ask_for(x + AHEAD * p[i].row, j);
+            EACH(j, vectors) total[i][j] = vadd(total[i][j], vload(x + j * WIDTH));
+        }
+    EACH(i, pools)
+        EACH(j, vectors) vstore(p[i].mean + column + j * WIDTH, vdiv(total[i][j], vset((float)rows)));
 }
 
-static void sums(const float *x, ptrdiff_t row, int rows, int dim, float *sum) {
-    int d = 0;
-    for (; d + 4 * WIDTH <= dim; d += 4 * WIDTH) column_sums(x + d, row, rows, 4, sum + d);
-    for (; d < dim; d += WIDTH) column_sums(x + d, row, rows, 1, sum + d);
+INLINE void next_block(dsa_pool *p, int dim) {
+    p->x += p->block * p->row;
+    p->rows -= p->block;
+    p->mean += dim;
+}
+
+static void means_of(dsa_pool p, int dim) {
+    for (; p.rows > 0; next_block(&p, dim))
+        IN_GROUPS(dim, 4, first_means, &p, 1, p.rows < p.block ? p.rows : p.block);
+}
+
+static void means(dsa_pool one, dsa_pool other, int dim) {
+    dsa_pool p[2] = {one, other};
+    const int block = one.block;
+    for (; p[0].rows >= block && p[1].rows >= block && other.block == block; next_block(p, dim), next_block(p + 1, dim))
+        IN_GROUPS(dim, 4, first_means, p, 2, block);
+    means_of(p[0], dim);
+    means_of(p[1], dim);
 }
 
 /* most[j] = largest |x - middle| of each column; four independent chains hide the latency of max. */
@@ -202,50 +274,50 @@ INLINE void column_peaks(const float *x, ptrdiff_t row, int rows, const int vect
     }
 }
 
-static void peaks(const float *x, ptrdiff_t row, int rows, int dim, float *peak) {
+INLINE void peaks_from(const float *x, ptrdiff_t row, int rows, float *peak, int column, const int vectors) {
     const vec zero[4] = {vset(0.0f), vset(0.0f), vset(0.0f), vset(0.0f)};
     vec most[4];
-    int d = 0;
-    for (; d + 4 * WIDTH <= dim; d += 4 * WIDTH) {
-        column_peaks(x + d, row, rows, 4, zero, most);
-        for (int j = 0; j < 4; j++) vstore(peak + d + j * WIDTH, most[j]);
-    }
-    for (; d < dim; d += WIDTH) {
-        column_peaks(x + d, row, rows, 1, zero, most);
-        vstore(peak + d, most[0]);
-    }
+    column_peaks(x + column, row, rows, vectors, zero, most);
+    EACH(j, vectors) vstore(peak + column + j * WIDTH, most[j]);
 }
 
-/* The tile of a product whose terms are added unfused; `rows` of mean by one or two vectors of w. */
-INLINE void project_tile(const float *mean, const float *w, int dim, int rank, const int rows, const int vectors,
-                         float *out, ptrdiff_t stride) {
-    vec sum[4][2];
-    float row[2 * WIDTH];
+static void peaks(const float *x, ptrdiff_t row, int rows, int dim, float *peak) {
+    IN_GROUPS(dim, 4, peaks_from, x, row, rows, peak);
+}
+
+/* A vector of row i of the product; `out` may be transposed. */
+INLINE void put(const dsa_product *p, int i, int column, vec sum) {
+    float lane[WIDTH], *out = p->out + i * p->out_row + column * p->out_column;
+    if (p->out_column == 1) {
+        vstore(out, sum);
+        return;
+    }
+    vstore(lane, sum);
+    EACH(x, WIDTH) out[x * p->out_column] = lane[x];
+}
+
+INLINE void product_tile(const dsa_product *p, int column, const int vectors, int first, const int rows) {
+    vec sum[MOST_ROWS][VECTORS];
+    const float *a = p->a + first * p->depth, *w = p->w + column;
     EACH(i, rows)
         EACH(j, vectors) sum[i][j] = vset(0.0f);
-    for (int d = 0; d < dim; d++)
+    for (int d = 0; d < p->depth; d++)
         EACH(j, vectors) {
-            vec b = vload(w + d * rank + j * WIDTH);
-            EACH(i, rows) sum[i][j] = vadd(sum[i][j], vmul(vset(mean[i * dim + d]), b));
+            vec b = vload(w + d * p->w_row + j * WIDTH);
+            EACH(i, rows) sum[i][j] = vadd(sum[i][j], vmul(vset(a[i * p->depth + d]), b));
         }
-    EACH(i, rows) {
-        EACH(j, vectors) vstore(row + j * WIDTH, sum[i][j]);
-        for (int x = 0; x < vectors * WIDTH; x++) out[x * stride + i] = row[x];
-    }
+    EACH(i, rows)
+        EACH(j, vectors) put(p, first + i, column + j * WIDTH, sum[i][j]);
 }
 
-INLINE void project_rows(const float *mean, int rows, const float *w, int dim, int rank, const int vectors, float *out,
-                         ptrdiff_t stride) {
-    int i = 0;
-    for (; i + 4 <= rows; i += 4) project_tile(mean + i * dim, w, dim, rank, 4, vectors, out + i, stride);
-    for (; i < rows; i++) project_tile(mean + i * dim, w, dim, rank, 1, vectors, out + i, stride);
+INLINE void product_vectors(const dsa_product *p, int column, const int vectors) {
+    IN_TILES(p->rows, vectors, product_tile, p, column, vectors);
 }
 
-static void project(const float *mean, int rows, const float *w, int dim, int rank, float *out, ptrdiff_t stride) {
-    int x = 0;
-    for (; x + 2 * WIDTH <= rank; x += 2 * WIDTH) project_rows(mean, rows, w + x, dim, rank, 2, out + x * stride, stride);
-    for (; x + WIDTH <= rank; x += WIDTH) project_rows(mean, rows, w + x, dim, rank, 1, out + x * stride, stride);
-    project_columns(mean, rows, w, dim, rank, x, out, stride);
+static void product(const dsa_product *p) {
+    const int whole = p->columns / WIDTH * WIDTH;
+    IN_VECTORS(whole, product_vectors, p);
+    product_columns(p, whole);
 }
 
 /* Of numbers that are not negative, which are ordered as their bits are. */
@@ -359,6 +431,7 @@ static void pack_v(const float *v, ptrdiff_t row, int keys, int dim, const float
 INLINE void qk8_tile(const dsa_strip *t, int at, const int vectors, vec *high, int first, const int rows) {
     ivec sum[MOST_ROWS][VECTORS];
     const int8_t *k = t->k8 + first * t->dim;
+    ask_rows(t->by_qk, t->dim, first, rows);
     EACH(j, vectors) {
         ivec start = K_SHIFT ? imul(iload(t->q_sum + at + j * WIDTH), iset(-K_SHIFT)) : iset(0);
         EACH(i, rows) sum[i][j] = start;
@@ -384,13 +457,14 @@ INLINE void qk8_tile(const dsa_strip *t, int at, const int vectors, vec *high, i
 }
 
 INLINE void qk8_lanes(const dsa_strip *t, int at, const int vectors) {
+    const int keys = keys_before(t, at + vectors * WIDTH);
     vec high[VECTORS];
     EACH(j, vectors) high[j] = vset(-1e30f);
-    IN_TILES(t->keys, vectors, qk8_tile, t, at, vectors, high);
+    IN_TILES(keys, vectors, qk8_tile, t, at, vectors, high);
     EACH(j, vectors) vstore(t->high + at + j * WIDTH, high[j]);
 }
 
-static void qk8(const dsa_strip *t) { IN_VECTORS(t->lanes, qk8_lanes, t); }
+static void qk8(const dsa_strip *t) { IN_LANES(t, qk8_lanes, t); }
 
 /* The next `keys` (at most 4) probabilities of a vector of queries as bytes; missing ones are 0. */
 INLINE ivec p_words(const float *s, const int keys, vec from) {
@@ -428,6 +502,7 @@ static void softmax8(const dsa_strip *t) {
 
 INLINE void pv8_tile(const dsa_strip *t, int column, const int vectors, int first, const int rows) {
     ivec sum[MOST_ROWS][VECTORS];
+    ask_rows(t->by_pv, t->dim, first, rows);
     EACH(j, vectors) {
         ivec start = P_SHIFT ? imul(iload(t->v_sum + column + j * WIDTH), iset(P_SHIFT)) : iset(0);
         EACH(i, rows) sum[i][j] = start;
@@ -454,6 +529,7 @@ INLINE void pv8_columns(const dsa_strip *t, int column, const int vectors) {
 
 static void pv8(const dsa_strip *t) { IN_VECTORS(t->dim, pv8_columns, t); }
 
-#define KERNEL_SET(set)                                                                                         \
-    const dsa_kernel_set dsa_kernels_##set = {#set,  WIDTH, STRIP,    load_q, qk,      softmax, pv,     store_rows, \
-                                              load8, qk8, softmax8, pv8, shift, sums, peaks, project, pack_k, pack_v}
+#define KERNEL_SET(set)                                                                                           \
+    const dsa_kernel_set dsa_kernels_##set = {#set,  WIDTH, STRIP,    load_q, qk,    softmax, pv,    store_rows,   \
+                                              load8, qk8,   softmax8, pv8,    shift, hide,    means, product, peaks, \
+                                              pack_k, pack_v}

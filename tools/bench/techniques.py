@@ -200,7 +200,7 @@ def cooked(name: str) -> Callable[[Bench], Model]:
     def make(bench: Bench) -> Model:
         asked, file = recipe.load(name), bench.folder / "train.tsv"
         kitchen = budget.kitchen(bench.model, None, file, bench.task, bench.work / "recipes", train.quiet)
-        return with_attention(bench, recipe.cook(asked, kitchen, bench.model), asked.attention, asked.budget)
+        return with_attention(bench, recipe.cook(asked, kitchen, bench.model), asked.attention, asked.budget or 0.5)
 
     return make
 
@@ -487,8 +487,21 @@ def picture(task: str, lines: Sequence[Line]) -> str:
     return page.figure(drawn, "Bars: measured here. Diamonds: what the paper claims, on its own hardware.")
 
 
+def markdown(lines: Sequence[Line], about: dict[str, Any]) -> str:
+    """The same tables for a document: a section a task, and what its figures are."""
+    made = []
+    for task in dict.fromkeys(x.task for x in lines):
+        mine = [x for x in lines if x.task == task]
+        rows = [[head.lstrip(">") for head in HEADS], ["---:" if x.startswith(">") else "---" for x in HEADS]]
+        rows += [list(cells(x)) for x in mine]
+        made += [f"### {task}: {TASKS[task]}", "", *(f"| {' | '.join(row)} |" for row in rows), ""]
+        made += [*(f"- {said}" for said in notes(mine).splitlines()), ""]
+    return "\n".join([*made, caption(about), ""])
+
+
 def write(out: Path, lines: Sequence[Line], about: dict[str, Any]) -> None:
     out.write_text(json.dumps({"about": about, "lines": [asdict(x) for x in lines]}, indent=1) + "\n", "utf-8")
+    out.with_suffix(".md").write_text(markdown(lines, about), "utf-8")
     out.with_suffix(".html").write_text(document(lines, about), "utf-8")
 
 
@@ -504,7 +517,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=1.0, help="CPU time of each technique that learns")
     parser.add_argument("--rows", type=int, default=TIMED_ROWS, help="dev rows that are timed")
     parser.add_argument("--work", type=Path, default=Path("~/.cache/edgeformer/techniques").expanduser())
-    parser.add_argument("--out", type=Path, default=Path("techniques.json"), help="and a page beside it, .html")
+    parser.add_argument("--out", type=Path, default=Path("techniques.json"), help="and beside it .html and .md")
     return parser.parse_args()
 
 

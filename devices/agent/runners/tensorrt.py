@@ -4,8 +4,8 @@ TensorRT 8.2 on a Jetson; anywhere else a stand-in that says so.
 On the device the program's own C++ and CUDA sources are compiled once with JetPack's compilers, the engine is built
 once from the ONNX file, and both are kept in the user's cache under a hash of everything that went in. Without
 TensorRT, ONNX Runtime computes the standard-operator file on the CPU, which is what the build machine's check needs.
-fp16 is then modelled: every floating-point result and weight is rounded to fp16, arithmetic inside an operator is fp32,
-and the nodes that the engine keeps in fp32 are not rounded. The order of the GPU's sums is not modelled.
+fp16 is then modelled: every floating-point operand, result and weight is rounded to fp16, arithmetic inside an operator
+is fp32, and the nodes that the engine keeps in fp32 are not rounded. The order of the GPU's sums is not modelled.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
-from typing import Any, Callable, List, Optional, Set
+from typing import Any, Callable, Iterable, Iterator, List, Optional, Set
 
 import numpy as np
 
@@ -95,23 +95,16 @@ def _exact(plan):
 
 def _rounded(path, exact):
     # type: (str, Set[str]) -> bytes
-    """The graph with every fp32 result outside `exact`, and every weight used there, rounded to fp16 and back."""
+    """The graph with all that nodes outside `exact` take, give and weigh rounded to fp16 and back."""
     import onnx
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import TensorProto, numpy_helper
 
     model = onnx.load(path)
     typed = onnx.shape_inference.infer_shapes(model).graph
-    floats = {v.name for v in typed.value_info if v.type.tensor_type.elem_type == TensorProto.FLOAT}
-    nodes, used = [], set()  # type: List[Any], Set[str]
-    for node in model.graph.node:
-        half = node.name not in exact
-        used |= set(node.input) if half else set()
-        nodes.append(node)
-        for i, name in enumerate(node.output):
-            if half and name in floats:
-                node.output[i] = name + "/wide"
-                nodes.append(helper.make_node("Cast", [name + "/wide"], [name + "/half"], to=TensorProto.FLOAT16))
-                nodes.append(helper.make_node("Cast", [name + "/half"], [name], to=TensorProto.FLOAT))
+    values = list(typed.value_info) + list(typed.input)
+    floats = {v.name for v in values if v.type.tensor_type.elem_type == TensorProto.FLOAT}
+    used = {name for node in model.graph.node if node.name not in exact for name in node.input}
+    nodes = list(_rounding(model.graph.node, exact, floats))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     for weight in model.graph.initializer:
@@ -120,6 +113,34 @@ def _rounded(path, exact):
                 array = numpy_helper.to_array(weight).astype(np.float16).astype(np.float32)
             weight.CopyFrom(numpy_helper.from_array(array, weight.name))
     return bytes(model.SerializeToString())
+
+
+def _rounding(nodes, exact, floats):
+    # type: (Iterable[Any], Set[str], Set[str]) -> Iterator[Any]
+    """The nodes, and casts around those outside `exact`; `floats` are the names of fp32 values."""
+    narrow = set()  # type: Set[str]
+    for node in nodes:
+        half = node.name not in exact
+        for i, name in enumerate(node.input):
+            if half and name in floats and name not in narrow:  # of an exact node, or of the graph
+                if name + "/taken" not in narrow:
+                    yield from _casts(name, name + "/taken")
+                    narrow.add(name + "/taken")
+                node.input[i] = name + "/taken"
+        yield node
+        for i, name in enumerate(node.output):
+            if half and name in floats:
+                node.output[i] = name + "/wide"
+                yield from _casts(name + "/wide", name)
+                narrow.add(name)
+
+
+def _casts(wide, narrow):
+    # type: (str, str) -> Iterator[Any]
+    from onnx import TensorProto, helper
+
+    yield helper.make_node("Cast", [wide], [narrow + "/half"], to=TensorProto.FLOAT16)
+    yield helper.make_node("Cast", [narrow + "/half"], [narrow], to=TensorProto.FLOAT)
 
 
 # --- the device -------------------------------------------------------------------------------------------------------
