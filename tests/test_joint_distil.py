@@ -120,7 +120,7 @@ def test_the_pass_distils_and_calibrates_again() -> None:
     frozen, told = (sparsify.dsa(given, distil=steps, **settings)(model) for steps in (0, FAST))
     facts = told.history[-1].facts
     assert facts["distilled"]["steps"] == 24 and "distilled" not in frozen.history[-1].facts
-    assert facts["kept"] == pytest.approx(0.3, abs=0.02) and facts["theta"]["128"] > facts["theta"]["256"]
+    assert 0.25 < facts["kept"] <= 0.3 and facts["theta"]["128"] > facts["theta"]["256"]
     moved = [torch.equal(shared(told.module)[name], x) for name, x in shared(frozen.module).items()]
     assert not all(moved)
     before = op.counters()
@@ -129,6 +129,6 @@ def test_the_pass_distils_and_calibrates_again() -> None:
             told.module(*(torch.from_numpy(row[x.name])[None] for x in model.inputs))
     after = op.counters()
     kept = (after.kept - before.kept) / (after.candidates - before.candidates)
-    assert kept == pytest.approx(0.3, abs=0.03), "calibrated on what the sparse layers see, not the dense ones"
+    assert kept == pytest.approx(facts["kept"], abs=0.02), "calibrated on what sparse layers see, not dense ones"
     with pytest.raises(BadInput, match="dense_below=256"):
         sparsify.dsa(given, distil=FAST, **settings | {"dense_below": 256})(model)
