@@ -88,9 +88,11 @@ def _activations(
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # keeps every name
     session = onnxruntime.InferenceSession(copy.SerializeToString(), options, providers=["CPUExecutionProvider"])
     given = [x.name for x in session.get_inputs()]
+    computed = [name for name in names if name not in given]  # a product may read an input, which is no output
     for row in rows:
-        arrays = session.run(names, {name: row[name][None] for name in given})
-        yield {name: x.reshape(-1, x.shape[-1]) for name, x in zip(names, arrays, strict=True)}
+        feed = {name: row[name][None] for name in given}
+        found = feed | dict(zip(computed, session.run(computed, feed) if computed else (), strict=True))
+        yield {name: found[name].reshape(-1, found[name].shape[-1]) for name in names}
 
 
 def narrowed(proto: onnx.ModelProto, seen: Peaks, left: Collection[str] = ()) -> Narrowed:
